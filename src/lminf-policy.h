@@ -1,0 +1,81 @@
+// LM-Infinite as pure functions: which keys a query sees, at which RoPE position, and which cells hold them.
+//
+// Called by lminf-kv-cache.cpp, which decides nothing by itself, and tested without a model in tests/cpp/test_policy.cpp.
+// Knows nothing of llama.cpp. Positions are logical: 64-bit, counted per sequence from 0.
+// Source: Han et al., "LM-Infinite", arXiv 2308.16137, section 4 (sink tokens, local window, distance limit);
+// blocks, cells, rollback and rebase are ours (docs/semantics.md).
+
+#pragma once
+
+#include <cstdint>
+
+struct lminf_policy {
+    int64_t n_sink     = 4;    // S
+    int64_t n_window   = 2048; // W
+    int64_t n_clamp    = 2048; // L
+    int64_t n_block    = 64;   // B
+    int64_t n_rollback = 256;
+    int64_t n_ubatch   = 512;
+    int64_t n_rebase   = 65536;
+    bool    kept_order = false;
+
+    //
+    // visibility (section 4, "lambda-shaped mask")
+    //
+
+    // key j is visible to query p
+    bool visible(int64_t p, int64_t j) const;
+
+    // the oldest key in the local window of query p that is not a sink token: visible window keys are [window_begin, p]
+    int64_t window_begin(int64_t p) const;
+
+    //
+    // clamp (section 4, "distance limit")
+    //
+
+    int64_t block    (int64_t p) const; // the block that p belongs to
+    int64_t block_end(int64_t p) const; // E: the last position of p's block
+
+    // how far the sink tokens have to follow query p: E - L, 0 as long as nothing is clamped
+    int64_t sink_shift(int64_t p) const;
+
+    // effective position of sink token j for a query whose block has this shift
+    int64_t sink_pos(int64_t j, int64_t shift) const;
+
+    //
+    // cells of one sequence: [sink copies | window ring]
+    //
+
+    // A copy holds the S sink tokens placed for one block. Copy 0 is the home of the sink tokens, at their true positions;
+    // the others take turns, so that all blocks that one micro-batch touches have a copy of their own.
+    int64_t n_copies    () const;
+    int64_t n_sink_cells() const;
+    int64_t n_cells     () const; // in all, padded as llama.cpp pads a context
+    int64_t n_ring      () const; // W + rollback + micro-batch, and the padding
+
+    int64_t copy     (int64_t p) const;                  // the copy that query p sees
+    int64_t sink_cell(int64_t copy, int64_t j) const;
+    int64_t ring_cell(int64_t j) const;                  // j >= n_sink; overwrites the key of j - n_ring
+    int64_t cell     (int64_t j) const;                  // where the key of position j is stored when it is computed
+
+    //
+    // eviction and rollback
+    //
+
+    // the oldest ring position whose cell has not been overwritten after all positions below n_high were written
+    int64_t oldest_stored(int64_t n_high) const;
+
+    // true if a sequence of n_past tokens, of which n_high were ever written, can be cut to n_keep tokens exactly:
+    // everything that the next queries would have seen is still stored
+    bool can_cut(int64_t n_keep, int64_t n_past, int64_t n_high) const;
+
+    //
+    // rebase: physical position = logical position - base
+    //
+
+    // physical positions stay below this (float32 RoPE angles lose precision from about 10^5 on)
+    int64_t rebase_limit() const;
+
+    // the base to use for a micro-batch of positions [p0, p1], given the present one; a multiple of B
+    int64_t base(int64_t p0, int64_t p1, int64_t base) const;
+};

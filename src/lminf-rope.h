@@ -1,0 +1,46 @@
+// Rotation of stored keys: takes RoPE off a key, puts it on again at another position, or shifts it.
+//
+// The parameters are read from the RoPE node of the model's own graph, so that a key is re-placed with exactly what the
+// model rotated it with, for each layer (frequency base, scaling, factors, partial rotation, normal or NeoX order).
+// Called by lminf-kv-cache.cpp.
+
+#pragma once
+
+#include "ggml.h"
+
+struct lminf_rope {
+    enum status {
+        UNKNOWN,     // no key of this layer has been seen yet
+        ROTATED,     // RoPE is the last thing that happens to a key
+        PLAIN,       // the layer has no RoPE: a key is the same at every position
+        UNSUPPORTED, // something else happens after RoPE, or only a part of the key passes through it
+    };
+
+    status state = UNKNOWN;
+
+    // Finds out how k_cur, as it is handed to the cache, was rotated. k_cur may have passed the cache's Hadamard rotation.
+    static lminf_rope find(const ggml_tensor * k_cur);
+
+    // Each returns F32 [n_embd_head, n_head_kv, n] from the same; pos: I32 [n]. PLAIN layers return cur.
+    ggml_tensor * unrotate(ggml_context * ctx, ggml_tensor * cur, ggml_tensor * neg_pos) const; // neg_pos = -position
+    ggml_tensor * rotate  (ggml_context * ctx, ggml_tensor * cur, ggml_tensor * pos    ) const;
+    ggml_tensor * shift   (ggml_context * ctx, ggml_tensor * cur, ggml_tensor * delta  ) const;
+
+private:
+    int   n_dims      = 0;
+    int   mode        = 0;
+    int   n_ctx_orig  = 0;
+    float freq_base   = 0.0f;
+    float freq_scale  = 1.0f;
+    float ext_factor  = 0.0f;
+    float attn_factor = 1.0f;
+    float beta_fast   = 0.0f;
+    float beta_slow   = 0.0f;
+
+    ggml_tensor * factors = nullptr; // a weight of the model, or none
+
+    // YaRN also scales what it rotates; ggml multiplies this into attn_factor
+    float yarn_magnitude() const;
+
+    ggml_tensor * apply(ggml_context * ctx, ggml_tensor * cur, ggml_tensor * pos, float attn_factor) const;
+};

@@ -1,0 +1,352 @@
+#include "lminf.h"
+
+#include "lminf-kv-cache.h"
+
+#include "llama-context.h"
+#include "llama-impl.h"
+#include "llama-model.h"
+
+#include <algorithm>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#ifndef LMINF_PATCH_ID
+#error "LMINF_PATCH_ID is the hash of source and patch; the build sets it"
+#endif
+
+// what the last call on this thread said
+static thread_local lminf_status last_status = LMINF_STATUS_OK;
+static thread_local std::string  last_error;
+
+// the parameters of the context that lminf_init_from_model() is creating, for the hook in create_memory()
+static thread_local std::optional<lminf_params> params_pending;
+
+static lminf_status fail(lminf_status status, const std::string & message) {
+    last_status = status;
+    last_error  = message;
+    return status;
+}
+
+static lminf_status succeed() {
+    last_error.clear();
+    return last_status = LMINF_STATUS_OK;
+}
+
+//
+// parameters
+//
+
+struct lminf_params lminf_default_params(void) {
+    return {
+        /*.n_sink     =*/ 4,
+        /*.n_window   =*/ 0,
+        /*.n_clamp    =*/ 0,
+        /*.n_block    =*/ 0,
+        /*.n_rollback =*/ 256,
+        /*.n_rebase   =*/ 0,
+        /*.sink_order =*/ LMINF_SINK_ORDER_CLAMPED,
+    };
+}
+
+static std::string unsupported_reason(const llama_model & model, const llama_context_params & cparams) {
+    const auto & hparams = model.hparams;
+
+    if (hparams.vocab_only) {
+        return "only its vocabulary was loaded";
+    }
+    if (llm_arch_is_recurrent(model.arch)) {
+        return "it is purely recurrent: its memory does not grow, there is nothing to bound";
+    }
+    if (llm_arch_is_hybrid(model.arch)) {
+        return "it mixes recurrent and attention layers";
+    }
+    if (llama_model_has_encoder(&model) || !hparams.causal_attn || llama_model_is_diffusion(&model)) {
+        return "it is not a causal decoder: it reads its whole text at once";
+    }
+    if (hparams.swa_type != LLAMA_SWA_TYPE_NONE) {
+        return "some of its layers have sliding windows of their own";
+    }
+    if (hparams.is_mla()) {
+        return "it has latent attention (MLA): its keys are not rotated as a whole";
+    }
+    if (hparams.use_alibi) {
+        return "it encodes positions with ALiBi instead of RoPE";
+    }
+    if (hparams.rope_type == LLAMA_ROPE_TYPE_NONE) {
+        return "it has no RoPE: learned absolute positions end at the trained length";
+    }
+    if (hparams.rope_type != LLAMA_ROPE_TYPE_NORM && hparams.rope_type != LLAMA_ROPE_TYPE_NEOX) {
+        return "its RoPE has several sections (M-RoPE)";
+    }
+    if (hparams.f_attn_temp_scale != 0.0f) {
+        return "its attention temperature depends on the absolute position";
+    }
+    if (hparams.ple_n_heads > 0) {
+        return "its input embeddings depend on the tokens before";
+    }
+    if (cparams.ctx_type != LLAMA_CONTEXT_TYPE_DEFAULT) {
+        return "the context is not a plain one (multi-token prediction)";
+    }
+    return "";
+}
+
+enum lminf_status lminf_resolve_params(
+        const struct llama_model * model, struct llama_context_params cparams, struct lminf_params * params) {
+    if (!model || !params) {
+        return fail(LMINF_STATUS_CONFIG, "model and params must not be NULL");
+    }
+
+    const std::string reason = unsupported_reason(*model, cparams);
+    if (!reason.empty()) {
+        return fail(LMINF_STATUS_UNSUPPORTED, "LM-Infinite does not support this model (" + model->arch_name() + "): " + reason);
+    }
+
+    auto & p = *params;
+
+    const uint32_t n_train = model->hparams.n_ctx_train;
+
+    p.n_window = p.n_window ? p.n_window : std::min(2048u, n_train);
+    p.n_clamp  = p.n_clamp  ? p.n_clamp  : p.n_window;
+    p.n_block  = p.n_block  ? p.n_block  : std::min(64u, p.n_clamp);
+    p.n_rebase = p.n_rebase ? p.n_rebase : 65536;
+
+    const auto str = [](uint64_t x) { return std::to_string(x); };
+
+    if (p.n_window > n_train) {
+        return fail(LMINF_STATUS_CONFIG, "n_window = " + str(p.n_window) + " is larger than the model's trained context of " +
+                str(n_train) + " tokens");
+    }
+    // a query may see a sixteenth more keys than in training: room for the sink tokens beside a window of full length
+    const uint64_t n_visible_max = n_train + n_train/16;
+    if ((uint64_t) p.n_sink + p.n_window > n_visible_max) {
+        return fail(LMINF_STATUS_CONFIG, "n_sink + n_window = " + str((uint64_t) p.n_sink + p.n_window) +
+                " is too large: with a trained context of " + str(n_train) + " tokens it can be at most " + str(n_visible_max));
+    }
+    if (p.n_clamp > (1u << 30)) {
+        return fail(LMINF_STATUS_CONFIG, "n_clamp = " + str(p.n_clamp) + " is larger than 2^30");
+    }
+    if (p.n_block > p.n_clamp) {
+        return fail(LMINF_STATUS_CONFIG, "n_block = " + str(p.n_block) + " is larger than n_clamp = " + str(p.n_clamp));
+    }
+    if (p.n_rollback > n_train + 65536u) {
+        return fail(LMINF_STATUS_CONFIG, "n_rollback = " + str(p.n_rollback) + " is larger than " + str(n_train + 65536u));
+    }
+    if (p.n_rebase > (1u << 24)) {
+        return fail(LMINF_STATUS_CONFIG, "n_rebase = " + str(p.n_rebase) + " is larger than 2^24, where float32 positions end");
+    }
+    if (p.sink_order != LMINF_SINK_ORDER_CLAMPED && p.sink_order != LMINF_SINK_ORDER_KEPT) {
+        return fail(LMINF_STATUS_CONFIG, "sink_order = " + std::to_string((int) p.sink_order) + " is unknown");
+    }
+    if (p.sink_order == LMINF_SINK_ORDER_KEPT && (uint64_t) p.n_sink + p.n_window > (uint64_t) p.n_clamp + 1) {
+        return fail(LMINF_STATUS_CONFIG, "with sink_order kept, n_sink + n_window = " + str((uint64_t) p.n_sink + p.n_window) +
+                " must be at most n_clamp + 1 = " + str((uint64_t) p.n_clamp + 1));
+    }
+
+    return succeed();
+}
+
+//
+// context
+//
+
+static lminf_policy make_policy(const lminf_params & params, uint32_t n_ubatch) {
+    lminf_policy res;
+    res.n_sink     = params.n_sink;
+    res.n_window   = params.n_window;
+    res.n_clamp    = params.n_clamp;
+    res.n_block    = params.n_block;
+    res.n_rollback = params.n_rollback;
+    res.n_ubatch   = n_ubatch;
+    res.n_rebase   = params.n_rebase;
+    res.kept_order = params.sink_order == LMINF_SINK_ORDER_KEPT;
+    return res;
+}
+
+llama_memory_i * lminf_create_kv_cache(
+        const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams,
+        const llama_memory_i::layer_filter_cb & filter) {
+    if (!params_pending) {
+        return nullptr;
+    }
+    if (cparams.kv_unified && cparams.n_seq_max > 1) {
+        throw std::runtime_error("LM-Infinite keeps each sequence in cells of its own: kv_unified must be off");
+    }
+    return new lminf_kv_cache(model, params, cparams, *params_pending, make_policy(*params_pending, cparams.n_ubatch), filter);
+}
+
+// NULL if the context was not made with LM-Infinite
+static lminf_kv_cache * get_kv_cache(const llama_context * ctx) {
+    return ctx ? dynamic_cast<lminf_kv_cache *>(llama_get_memory(ctx)) : nullptr;
+}
+
+static bool fail_if_not_castable(ggml_type type, const char * name) {
+    switch (type) {
+        case GGML_TYPE_F32:
+        case GGML_TYPE_F16:
+        case GGML_TYPE_BF16:
+        case GGML_TYPE_Q4_0:
+        case GGML_TYPE_Q4_1:
+        case GGML_TYPE_Q5_0:
+        case GGML_TYPE_Q5_1:
+        case GGML_TYPE_Q8_0:
+            return false;
+        default:
+            fail(LMINF_STATUS_CONFIG, std::string("cache type ") + ggml_type_name(type) + " is not supported for " + name +
+                    ": use f32, f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0");
+            return true;
+    }
+}
+
+struct llama_context * lminf_init_from_model(
+        struct llama_model * model, struct llama_context_params cparams, struct lminf_params params) {
+    if (lminf_resolve_params(model, cparams, &params) != LMINF_STATUS_OK) {
+        return nullptr;
+    }
+    if (fail_if_not_castable(cparams.type_k, "keys") || fail_if_not_castable(cparams.type_v, "values")) {
+        return nullptr;
+    }
+    if (ggml_is_quantized(cparams.type_v) && cparams.flash_attn_type == LLAMA_FLASH_ATTN_TYPE_DISABLED) {
+        fail(LMINF_STATUS_CONFIG, std::string("cache type ") + ggml_type_name(cparams.type_v) + " for values needs flash attention");
+        return nullptr;
+    }
+    for (const auto type : { cparams.type_k, cparams.type_v }) {
+        const auto & hparams = model->hparams;
+        for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
+            if (hparams.n_embd_head_k(il) % ggml_blck_size(type) != 0 || hparams.n_embd_head_v(il) % ggml_blck_size(type) != 0) {
+                fail(LMINF_STATUS_CONFIG, std::string("cache type ") + ggml_type_name(type) + " needs a head size that is a multiple of " +
+                        std::to_string(ggml_blck_size(type)) + "; this model's is " + std::to_string(hparams.n_embd_head_k(il)));
+                return nullptr;
+            }
+        }
+    }
+
+    const uint32_t n_batch = cparams.n_batch ? cparams.n_batch : cparams.n_ubatch;
+
+    // Where llama.cpp looks at the context's size it means the largest distance: models with long and short RoPE factors
+    // choose by it. It also bounds n_batch.
+    const uint32_t n_distance = std::max(params.n_window, std::min(params.n_clamp, model->hparams.n_ctx_train));
+
+    cparams.n_seq_max  = std::max(1u, cparams.n_seq_max);
+    cparams.n_ctx      = std::max(n_distance, n_batch)*cparams.n_seq_max;
+    cparams.kv_unified = cparams.n_seq_max == 1;
+
+    params_pending = params;
+    llama_context * ctx = llama_init_from_model(model, cparams);
+    params_pending.reset();
+
+    if (!ctx) {
+        fail(LMINF_STATUS_CONTEXT, "llama.cpp could not create the context; its log says why");
+        return nullptr;
+    }
+
+    const auto * kv = get_kv_cache(ctx);
+    if (!kv || !kv->rope_is_supported()) {
+        llama_free(ctx);
+        fail(LMINF_STATUS_UNSUPPORTED, "LM-Infinite does not support this model (" + model->arch_name() + "): " +
+                (kv ? "its keys are changed again after RoPE" : "it has a memory of its own kind"));
+        return nullptr;
+    }
+
+    succeed();
+    return ctx;
+}
+
+enum lminf_status lminf_last_status(void) {
+    return last_status;
+}
+
+const char * lminf_last_error(void) {
+    return last_error.c_str();
+}
+
+//
+// a context in use
+//
+
+bool lminf_get_params(const struct llama_context * ctx, struct lminf_params * params) {
+    const auto * kv = get_kv_cache(ctx);
+    if (kv && params) {
+        *params = kv->get_params();
+    }
+    return kv != nullptr;
+}
+
+bool lminf_get_stats(const struct llama_context * ctx, llama_seq_id seq_id, struct lminf_stats * stats) {
+    const auto * kv = get_kv_cache(ctx);
+    if (!kv || !kv->has_seq(seq_id) || !stats) {
+        return false;
+    }
+    *stats = kv->stats(seq_id);
+    return true;
+}
+
+int64_t lminf_n_past(const struct llama_context * ctx, llama_seq_id seq_id) {
+    if (const auto * kv = get_kv_cache(ctx)) {
+        return kv->has_seq(seq_id) ? kv->n_past(seq_id) : -1;
+    }
+    return (int64_t) llama_memory_seq_pos_max(llama_get_memory(ctx), seq_id) + 1;
+}
+
+int32_t lminf_decode(
+        struct llama_context * ctx, llama_seq_id seq_id, const llama_token * tokens, int32_t n_tokens, const int8_t * output) {
+    if (n_tokens <= 0 || (uint32_t) n_tokens > llama_n_batch(ctx)) {
+        fail(LMINF_STATUS_CONTEXT, "n_tokens = " + std::to_string(n_tokens) + " is not in [1, n_batch = " +
+                std::to_string(llama_n_batch(ctx)) + "]");
+        return -1;
+    }
+    if (auto * kv = get_kv_cache(ctx)) {
+        if (!kv->has_seq(seq_id)) {
+            fail(LMINF_STATUS_CONTEXT, "there is no sequence " + std::to_string(seq_id));
+            return -1;
+        }
+        kv->renumber(seq_id);
+    }
+
+    std::vector<llama_token>    token(tokens, tokens + n_tokens);
+    std::vector<int32_t>        n_seq_id(n_tokens, 1);
+    std::vector<llama_seq_id *> seq_ids(n_tokens, &seq_id);
+    std::vector<int8_t>         flags(n_tokens, 0);
+    if (output) {
+        flags.assign(output, output + n_tokens);
+    } else {
+        flags.back() = 1;
+    }
+
+    const llama_batch batch = {
+        /*.n_tokens =*/ n_tokens,
+        /*.token    =*/ token.data(),
+        /*.embd     =*/ nullptr,
+        /*.pos      =*/ nullptr, // continues the sequence
+        /*.n_seq_id =*/ n_seq_id.data(),
+        /*.seq_id   =*/ seq_ids.data(),
+        /*.logits   =*/ flags.data(),
+    };
+    return llama_decode(ctx, batch);
+}
+
+const char * lminf_patch_id(void) {
+    return LMINF_PATCH_ID;
+}
+
+//
+// test hooks
+//
+
+bool lminf_test_set_position(struct llama_context * ctx, llama_seq_id seq_id, int64_t pos) {
+    auto * kv = get_kv_cache(ctx);
+    return kv && kv->has_seq(seq_id) && kv->set_position(seq_id, pos);
+}
+
+size_t lminf_test_get_key(
+        const struct llama_context * ctx, llama_seq_id seq_id, int32_t il, int64_t pos, void * dst, size_t size) {
+    const auto * kv = get_kv_cache(ctx);
+    return kv && kv->has_seq(seq_id) ? kv->get_key(seq_id, il, pos, dst, size) : 0;
+}
+
+size_t lminf_test_get_sink_original(
+        const struct llama_context * ctx, llama_seq_id seq_id, int32_t il, uint32_t j, void * dst, size_t size) {
+    const auto * kv = get_kv_cache(ctx);
+    return kv && kv->has_seq(seq_id) ? kv->get_sink_original(seq_id, il, j, dst, size) : 0;
+}

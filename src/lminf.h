@@ -1,0 +1,106 @@
+// C API of LM-Infinite for llama.cpp: sink tokens, a local window and clamped RoPE distances.
+//
+// An addition to llama.h: nothing there changes. A context made by lminf_init_from_model() is an ordinary llama_context
+// and works with every llama.h function that its memory supports. Called by cpp/ (the Python extension), by the C++ tests
+// and by any program that links libllama.
+//
+// Symbols of the paper (Han et al., arXiv 2308.16137): S = n_sink, W = n_window, L = n_clamp; B = n_block is ours.
+
+#pragma once
+
+#include "llama.h"
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum lminf_sink_order {
+    LMINF_SINK_ORDER_CLAMPED = 0, // all far sink tokens stand at the same distance (the paper)
+    LMINF_SINK_ORDER_KEPT    = 1, // far sink tokens keep their distances to each other (pinned system prompts)
+};
+
+struct lminf_params {
+    uint32_t n_sink;     // S: the first S tokens of a sequence are never evicted
+    uint32_t n_window;   // W: key j is in the local window of query p iff p - j < W; 0 = min(2048, trained context)
+    uint32_t n_clamp;    // L: the largest RoPE distance a query may see; 0 = n_window
+    uint32_t n_block;    // B: sink tokens are re-placed once per B positions, 1 <= B <= L; 0 = min(64, L)
+    uint32_t n_rollback; // tokens at the end of a sequence that can be removed exactly at any time
+    uint32_t n_rebase;   // physical position at which a sequence is rebased; 0 = 65536
+    enum lminf_sink_order sink_order;
+};
+
+// Why the last call on this thread failed.
+enum lminf_status {
+    LMINF_STATUS_OK          = 0,
+    LMINF_STATUS_CONFIG      = 1, // a parameter, or a combination of parameters, is out of range
+    LMINF_STATUS_UNSUPPORTED = 2, // the model cannot be run with these semantics
+    LMINF_STATUS_CONTEXT     = 3, // llama.cpp could not make the context, or the operation does not fit its state
+};
+
+// State of one sequence and of the memory that holds it. Positions are 64-bit and count from 0.
+struct lminf_stats {
+    int64_t n_past;       // logical position of the next token = tokens seen
+    int64_t n_evicted;    // tokens that have left the window and are not sink tokens
+    int64_t pos_physical; // position of the next token as RoPE will see it
+    int64_t n_placements; // sink tokens placed by RoPE, counted once per block copy of S tokens
+    int64_t n_rebases;    // times the window's keys were rotated back
+    uint64_t n_bytes;     // of all K and V cells and sink originals of the context
+    uint32_t n_cells;     // cells of one sequence: sink copies + window ring
+    uint32_t n_cells_used;
+    uint32_t n_ring;      // cells of the window ring: W + n_rollback + n_ubatch, padded
+    int32_t  sink_distance; // RoPE distance from the last token to the farthest sink token, -1 with no sink token
+};
+
+LLAMA_API struct lminf_params lminf_default_params(void);
+
+// Fills in every 0 that means "default" and checks the values against the model and the context parameters.
+LLAMA_API enum lminf_status lminf_resolve_params(
+        const struct llama_model * model, struct llama_context_params cparams, struct lminf_params * params);
+
+// NULL on failure; lminf_last_status() and lminf_last_error() say why. The caller frees the result with llama_free().
+// cparams.n_ctx and cparams.kv_unified are chosen here: S, W, n_rollback and n_ubatch decide the cells of each sequence.
+LLAMA_API struct llama_context * lminf_init_from_model(
+        struct llama_model * model, struct llama_context_params cparams, struct lminf_params params);
+
+LLAMA_API enum lminf_status lminf_last_status(void);
+LLAMA_API const char *      lminf_last_error (void); // "" after success
+
+// true if the context was made with LM-Infinite; the resolved parameters then, if params is not NULL
+LLAMA_API bool lminf_get_params(const struct llama_context * ctx, struct lminf_params * params);
+
+// false if the context was not made with LM-Infinite or seq_id is out of range
+LLAMA_API bool lminf_get_stats(const struct llama_context * ctx, llama_seq_id seq_id, struct lminf_stats * stats);
+
+// Logical position of the sequence's next token, for contexts with and without LM-Infinite.
+LLAMA_API int64_t lminf_n_past(const struct llama_context * ctx, llama_seq_id seq_id);
+
+// Appends n_tokens (at most n_batch) to a sequence: llama_decode() for streams without end. Positions are implied, and
+// move on past 2^31, where llama_pos ends. output: n_tokens flags, or NULL for logits of the last token only.
+// Returns what llama_decode() returns; after 2 (aborted) complete micro-batches of the call stay in the sequence.
+LLAMA_API int32_t lminf_decode(
+        struct llama_context * ctx, llama_seq_id seq_id, const llama_token * tokens, int32_t n_tokens, const int8_t * output);
+
+// SHA-256 (hex) of the llama.cpp source and the patch that this library was built from.
+LLAMA_API const char * lminf_patch_id(void);
+
+//
+// Test hooks: they look at, or set, what a caller never needs to know.
+//
+
+// The sequence keeps its sink tokens, forgets its window and goes on at logical position pos >= n_past.
+LLAMA_API bool lminf_test_set_position(struct llama_context * ctx, llama_seq_id seq_id, int64_t pos);
+
+// Copies the cache row of the key at logical position pos in layer il. Returns the row's bytes; 0 if the key is not stored.
+LLAMA_API size_t lminf_test_get_key(
+        const struct llama_context * ctx, llama_seq_id seq_id, int32_t il, int64_t pos, void * dst, size_t size);
+
+// Copies the un-rotated F32 original of sink token j in layer il. Returns its bytes; 0 if there is none.
+LLAMA_API size_t lminf_test_get_sink_original(
+        const struct llama_context * ctx, llama_seq_id seq_id, int32_t il, uint32_t j, void * dst, size_t size);
+
+#ifdef __cplusplus
+}
+#endif
