@@ -1,0 +1,316 @@
+// The memory through llama.h and lminf.h on a tiny model: micro-batches, sequences, removal, aborts, rebase, refusals.
+
+#include "check.h"
+#include "lminf.h"
+#include "tiny_model.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <filesystem>
+#include <memory>
+#include <string>
+#include <vector>
+
+static constexpr int n_vocab = 64;
+
+using model_ptr   = std::unique_ptr<llama_model, decltype(&llama_model_free)>;
+using context_ptr = std::unique_ptr<llama_context, decltype(&llama_free)>;
+using tokens_t    = std::vector<llama_token>;
+using logits_t    = std::vector<float>;
+
+struct options {
+    uint32_t  n_ubatch   = 16;
+    uint32_t  n_seq_max  = 1;
+    ggml_type type       = GGML_TYPE_F32;
+    bool      flash_attn = false;
+    uint32_t  n_rebase   = 0;
+};
+
+static lminf_params make_params(const options & opts = {}) {
+    lminf_params params = lminf_default_params();
+    params.n_sink     = 4;
+    params.n_window   = 24;
+    params.n_clamp    = 24;
+    params.n_block    = 8;
+    params.n_rollback = 16;
+    params.n_rebase   = opts.n_rebase;
+    return params;
+}
+
+static llama_context_params make_cparams(const options & opts) {
+    llama_context_params cparams = llama_context_default_params();
+    cparams.n_batch         = 64;
+    cparams.n_ubatch        = opts.n_ubatch;
+    cparams.n_seq_max       = opts.n_seq_max;
+    cparams.n_threads       = 1;
+    cparams.n_threads_batch = 1;
+    cparams.type_k          = opts.type;
+    cparams.type_v          = opts.type;
+    cparams.flash_attn_type = opts.flash_attn ? LLAMA_FLASH_ATTN_TYPE_ENABLED : LLAMA_FLASH_ATTN_TYPE_DISABLED;
+    return cparams;
+}
+
+static context_ptr make_context(llama_model * model, const options & opts = {}) {
+    context_ptr ctx(lminf_init_from_model(model, make_cparams(opts), make_params(opts)), llama_free);
+    if (!ctx) {
+        fprintf(stderr, "%s\n", lminf_last_error());
+        exit(1);
+    }
+    return ctx;
+}
+
+static tokens_t make_tokens(size_t n, unsigned seed) {
+    srand(seed);
+    tokens_t res(n);
+    std::generate(res.begin(), res.end(), []() { return rand() % n_vocab; });
+    return res;
+}
+
+// appends tokens [i0, i1) and returns the logits of each
+static logits_t eval(llama_context * ctx, const tokens_t & tokens, size_t i0, size_t i1, llama_seq_id seq_id = 0) {
+    logits_t res;
+    const std::vector<int8_t> output(i1 - i0, 1);
+    for (size_t i = i0; i < i1; i += llama_n_batch(ctx)) {
+        const size_t n = std::min<size_t>(llama_n_batch(ctx), i1 - i);
+        CHECK(lminf_decode(ctx, seq_id, tokens.data() + i, int32_t(n), output.data()) == 0);
+        const float * logits = llama_get_logits(ctx);
+        res.insert(res.end(), logits, logits + n*n_vocab);
+    }
+    return res;
+}
+
+static float difference(const logits_t & a, const logits_t & b) {
+    CHECK(a.size() == b.size());
+    float res = 0.0f;
+    for (size_t i = 0; i < std::min(a.size(), b.size()); ++i) {
+        res = std::isnan(a[i]) || std::isnan(b[i]) ? INFINITY : std::max(res, std::fabs(a[i] - b[i]));
+    }
+    return res;
+}
+
+static logits_t tail(const logits_t & logits, size_t n_tokens) {
+    return { logits.end() - int64_t(n_tokens*n_vocab), logits.end() };
+}
+
+static void test_micro_batches(llama_model * model) {
+    const tokens_t tokens = make_tokens(600, 1);
+    for (const bool flash_attn : { false, true }) {
+        options one;
+        one.n_ubatch   = 1;
+        one.flash_attn = flash_attn;
+        const logits_t expected = eval(make_context(model, one).get(), tokens, 0, tokens.size());
+        for (const uint32_t n_ubatch : { 7u, 16u, 64u }) {
+            options many  = one;
+            many.n_ubatch = n_ubatch;
+            CHECK(difference(eval(make_context(model, many).get(), tokens, 0, tokens.size()), expected) < (flash_attn ? 1e-2f : 1e-4f));
+        }
+    }
+}
+
+static void test_rebase(llama_model * model) {
+    const tokens_t tokens = make_tokens(4000, 2);
+    for (const ggml_type type : { GGML_TYPE_F32, GGML_TYPE_F16 }) {
+        options never;
+        never.type = type;
+        options often  = never;
+        often.n_rebase = 1;
+
+        const auto ctx = make_context(model, often);
+        const logits_t logits = eval(ctx.get(), tokens, 0, tokens.size());
+        CHECK(difference(logits, eval(make_context(model, never).get(), tokens, 0, tokens.size())) <
+              (type == GGML_TYPE_F32 ? 1e-3f : 5e-2f));
+
+        lminf_stats stats;
+        CHECK(lminf_get_stats(ctx.get(), 0, &stats));
+        CHECK(stats.n_rebases > 3 && stats.n_past == 4000 && stats.pos_physical < 2000);
+        CHECK(llama_memory_seq_pos_max(llama_get_memory(ctx.get()), 0) == 3999); // callers see logical positions
+    }
+}
+
+// sequences of different ages in one batch, each as if it were alone
+static void test_sequences(llama_model * model) {
+    options opts;
+    opts.n_seq_max = 3;
+    const auto ctx = make_context(model, opts);
+
+    const std::vector<tokens_t> tokens = { make_tokens(400, 3), make_tokens(400, 4), make_tokens(400, 5) };
+    const std::vector<size_t>   ages   = { 300, 37, 0 };
+    for (size_t s = 0; s < ages.size(); ++s) {
+        eval(ctx.get(), tokens[s], 0, ages[s], llama_seq_id(s));
+    }
+
+    std::vector<logits_t> logits(3);
+    std::vector<size_t>   next = ages;
+    for (int round = 0; round < 12; ++round) {
+        llama_batch batch = llama_batch_init(64, 0, 1);
+        std::vector<size_t> owner;
+        for (size_t s = 0; s < tokens.size(); ++s) {
+            const size_t n = (size_t(round) + s) % 4*2;
+            for (size_t i = 0; i < n; ++i, ++batch.n_tokens) {
+                batch.token   [batch.n_tokens]    = tokens[s][next[s]];
+                batch.pos     [batch.n_tokens]    = llama_pos(next[s]++);
+                batch.n_seq_id[batch.n_tokens]    = 1;
+                batch.seq_id  [batch.n_tokens][0] = llama_seq_id(s);
+                batch.logits  [batch.n_tokens]    = 1;
+                owner.push_back(s);
+            }
+        }
+        CHECK(llama_decode(ctx.get(), batch) == 0);
+        for (size_t i = 0; i < owner.size(); ++i) {
+            const float * row = llama_get_logits_ith(ctx.get(), int32_t(i));
+            logits[owner[i]].insert(logits[owner[i]].end(), row, row + n_vocab);
+        }
+        llama_batch_free(batch);
+    }
+
+    for (size_t s = 0; s < tokens.size(); ++s) {
+        const auto alone = make_context(model);
+        eval(alone.get(), tokens[s], 0, ages[s]);
+        CHECK(difference(logits[s], eval(alone.get(), tokens[s], ages[s], next[s])) < 1e-4f);
+        CHECK(lminf_n_past(ctx.get(), llama_seq_id(s)) == int64_t(next[s]));
+    }
+}
+
+static void test_removal(llama_model * model) {
+    const tokens_t tokens = make_tokens(500, 6);
+    const tokens_t other  = make_tokens(500, 7);
+
+    const auto expected = make_context(model);
+    eval(expected.get(), tokens, 0, 300);
+    const logits_t next = eval(expected.get(), tokens, 300, 340);
+
+    const auto     ctx = make_context(model);
+    llama_memory_t mem = llama_get_memory(ctx.get());
+    eval(ctx.get(), tokens, 0, 300);
+    eval(ctx.get(), other, 300, 316);
+    CHECK(llama_memory_seq_rm(mem, 0, 300, -1)); // n_rollback tokens, and then others in their place
+    CHECK(difference(eval(ctx.get(), tokens, 300, 340), next) < 1e-4f);
+
+    CHECK(!llama_memory_seq_rm(mem, 0, 20, -1)); // long gone
+    CHECK(!llama_memory_seq_rm(mem, 0, 320, 330)); // a hole
+    CHECK(!llama_memory_seq_rm(mem, 0, 0, 320));   // sink tokens
+    CHECK(lminf_n_past(ctx.get(), 0) == 340);
+
+    // forgetting the oldest part of the window: as if the window had been shorter
+    CHECK(llama_memory_seq_rm(mem, 0, 4, 330));
+    const logits_t forgotten = eval(ctx.get(), tokens, 340, 341);
+    CHECK(difference(forgotten, eval(expected.get(), tokens, 340, 341)) > 1e-3f);
+    CHECK(difference(eval(ctx.get(), tokens, 341, 400), eval(expected.get(), tokens, 341, 400)) > 1e-3f);
+
+    // all of it
+    CHECK(llama_memory_seq_rm(mem, 0, -1, -1));
+    CHECK(lminf_n_past(ctx.get(), 0) == 0 && llama_memory_seq_pos_max(mem, 0) == -1);
+    eval(ctx.get(), tokens, 0, 300);
+    CHECK(difference(eval(ctx.get(), tokens, 300, 340), next) < 1e-4f);
+
+    // down to a part of the sink tokens
+    CHECK(llama_memory_seq_rm(mem, 0, 2, -1));
+    eval(ctx.get(), tokens, 2, 300);
+    CHECK(difference(eval(ctx.get(), tokens, 300, 340), next) < 1e-4f);
+}
+
+static void test_refusals(llama_model * model) {
+    options opts;
+    opts.n_seq_max = 2;
+    const auto     ctx    = make_context(model, opts);
+    const tokens_t tokens = make_tokens(200, 8);
+    llama_memory_t mem    = llama_get_memory(ctx.get());
+    eval(ctx.get(), tokens, 0, 100);
+
+    llama_memory_seq_add(mem, 0, 0, -1, 5);
+    llama_memory_seq_div(mem, 0, 0, -1, 2);
+    llama_memory_seq_cp (mem, 0, 1, -1, -1);
+    CHECK(!llama_memory_can_shift(mem));
+    CHECK(lminf_n_past(ctx.get(), 0) == 100 && lminf_n_past(ctx.get(), 1) == 0);
+    CHECK(difference(eval(ctx.get(), tokens, 100, 150), [&]() {
+        const auto same = make_context(model);
+        eval(same.get(), tokens, 0, 100);
+        return eval(same.get(), tokens, 100, 150);
+    }()) < 1e-4f);
+
+    CHECK(lminf_decode(ctx.get(), 2, tokens.data(), 1, nullptr) != 0); // no such sequence
+    CHECK(lminf_decode(ctx.get(), 0, tokens.data(), 0, nullptr) != 0);
+    CHECK(llama_state_get_size(ctx.get()) == 0 || lminf_n_past(ctx.get(), 0) == 150);
+
+    lminf_params params = make_params();
+    params.n_block = 25;
+    CHECK(!lminf_init_from_model(model, make_cparams({}), params));
+    CHECK(lminf_last_status() == LMINF_STATUS_CONFIG && std::string(lminf_last_error()).find("n_block") != std::string::npos);
+    params = make_params();
+    params.n_window = 1000;
+    CHECK(lminf_resolve_params(model, make_cparams({}), &params) == LMINF_STATUS_CONFIG);
+    params = make_params();
+    params.n_sink     = 16;
+    params.sink_order = LMINF_SINK_ORDER_KEPT;
+    CHECK(lminf_resolve_params(model, make_cparams({}), &params) == LMINF_STATUS_CONFIG);
+}
+
+// An aborted micro-batch gives back exactly the state before, wherever it stopped
+static void test_abort(llama_model * model) {
+    const tokens_t tokens = make_tokens(400, 9);
+
+    const auto undisturbed = make_context(model);
+    eval(undisturbed.get(), tokens, 0, 200);
+    const logits_t expected = eval(undisturbed.get(), tokens, 200, 240);
+
+    for (const size_t n_before : { size_t(0), size_t(2), size_t(200) }) {
+        for (int stop_after = 0; stop_after < 60; stop_after += 3) {
+            const auto ctx = make_context(model);
+            eval(ctx.get(), tokens, 0, n_before);
+
+            int n_calls = stop_after;
+            llama_set_abort_callback(ctx.get(), [](void * data) { return (*static_cast<int *>(data))-- <= 0; }, &n_calls);
+            const int32_t status = lminf_decode(ctx.get(), 0, tokens.data() + n_before, 16, nullptr);
+            llama_set_abort_callback(ctx.get(), nullptr, nullptr);
+            CHECK(status == 2 || status == 0);
+            CHECK(lminf_n_past(ctx.get(), 0) == int64_t(status == 0 ? n_before + 16 : n_before));
+
+            eval(ctx.get(), tokens, size_t(lminf_n_past(ctx.get(), 0)), 200 + (n_before == 200)*size_t(status == 0)*16);
+            const size_t n_past = size_t(lminf_n_past(ctx.get(), 0));
+            CHECK(difference(eval(ctx.get(), tokens, n_past, 240), tail(expected, 240 - n_past)) < 1e-4f);
+        }
+    }
+}
+
+static void test_far_positions(llama_model * model) {
+    const tokens_t tokens = make_tokens(300, 10);
+    logits_t near;
+    for (const int64_t pos : { int64_t(1000), int64_t(200000000), int64_t(1) << 33, int64_t(1) << 40 }) {
+        const auto ctx = make_context(model);
+        eval(ctx.get(), tokens, 0, 4);
+        CHECK(lminf_test_set_position(ctx.get(), 0, pos));
+        const logits_t logits = eval(ctx.get(), tokens, 4, tokens.size());
+        CHECK(lminf_n_past(ctx.get(), 0) == pos + 296);
+        if (near.empty()) {
+            near = logits;
+        }
+        CHECK(difference(logits, near) < 1e-3f);
+    }
+}
+
+int main() {
+    // llama.cpp's log is wanted only when something fails
+    llama_log_set([](ggml_log_level, const char *, void *) {}, nullptr);
+    llama_backend_init();
+
+    const std::string path = (std::filesystem::temp_directory_path() / "lminf-test-memory.gguf").string();
+    write_tiny_model(path);
+
+    const model_ptr model(llama_model_load_from_file(path.c_str(), llama_model_default_params()), llama_model_free);
+    CHECK(model);
+    if (model) {
+        test_micro_batches(model.get());
+        test_rebase(model.get());
+        test_sequences(model.get());
+        test_removal(model.get());
+        test_refusals(model.get());
+        test_abort(model.get());
+        test_far_positions(model.get());
+    }
+    std::filesystem::remove(path);
+
+    printf("%d failed\n", n_failed);
+    return n_failed != 0;
+}
