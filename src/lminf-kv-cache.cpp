@@ -108,6 +108,7 @@ llama_memory_context_ptr lminf_kv_cache::init_batch(llama_batch_allocr & balloc,
     bool ok = !ubatches.empty() && balloc.get_n_used() == balloc.get_n_tokens();
 
     std::vector<int64_t> n_next;
+    n_next.reserve(seqs.size());
     for (const auto & seq : seqs) {
         n_next.push_back(seq.n_past);
     }
@@ -116,7 +117,7 @@ llama_memory_context_ptr lminf_kv_cache::init_batch(llama_batch_allocr & balloc,
 
     for (const auto & ubatch : ubatches) {
         const uint32_t n_seqs = n_stream == 1 ? 1 : ubatch.n_seqs_unq;
-        const uint32_t n_tps  = ubatch.n_tokens/n_seqs;
+        const size_t   n_tps  = ubatch.n_tokens/n_seqs;
 
         slot_info sinfo = { LLAMA_MAX_SEQ, 0, {}, {} };
         sinfo.resize(n_seqs);
@@ -132,7 +133,7 @@ llama_memory_context_ptr lminf_kv_cache::init_batch(llama_batch_allocr & balloc,
             sinfo.s1      = std::max<uint32_t>(sinfo.s1, seq_id);
             sinfo.strm[s] = seq_id;
 
-            for (uint32_t i = s*n_tps; i < (s + 1)*n_tps; ++i) {
+            for (size_t i = s*n_tps; i < (s + 1)*n_tps; ++i) {
                 const int64_t p = logical(seqs[seq_id], ubatch.pos[i]);
 
                 // a token belongs to one sequence, and a sequence has no holes
@@ -153,7 +154,12 @@ llama_memory_context_ptr lminf_kv_cache::init_batch(llama_batch_allocr & balloc,
 }
 
 llama_memory_context_ptr lminf_kv_cache::init_full() {
+    // the largest graph is one that captures all sink tokens and fills all copies
     capture = {};
+    capture.sinks     .resize(policy.n_sink*n_stream);
+    capture.placements.resize(policy.n_sink_cells()*n_stream);
+    capture.values    .resize((policy.n_sink_cells() - policy.n_sink)*n_stream);
+
     return llama_kv_cache::init_full();
 }
 
@@ -168,7 +174,7 @@ bool lminf_kv_cache::begin_ubatch(const llama_ubatch & ubatch) {
     std::vector<key_move> moves;
 
     const uint32_t n_seqs = n_stream == 1 ? 1 : ubatch.n_seqs_unq;
-    const uint32_t n_tps  = ubatch.n_tokens/n_seqs;
+    const size_t   n_tps  = ubatch.n_tokens/n_seqs;
 
     for (uint32_t s = 0; s < n_seqs; ++s) {
         const llama_seq_id seq_id = ubatch.seq_id[s*n_tps][0];
@@ -176,7 +182,7 @@ bool lminf_kv_cache::begin_ubatch(const llama_ubatch & ubatch) {
         auto & seq = seqs[seq_id];
 
         const int64_t p0 = seq.n_past;
-        const int64_t p1 = p0 + n_tps - 1;
+        const int64_t p1 = p0 + (int64_t) n_tps - 1;
 
         const int64_t base = policy.base(p0, p1, seq.base);
         if (base != seq.base && !rebase(seq_id, base)) {
@@ -228,7 +234,7 @@ bool lminf_kv_cache::begin_ubatch(const llama_ubatch & ubatch) {
 
         const int64_t p0 = seqs[seq_id].n_past;
         if (p0 < policy.n_sink) {
-            capture_sinks(seq_id, p0, p0 + n_tps - 1, s*n_tps);
+            capture_sinks(seq_id, p0, p0 + (int64_t) n_tps - 1, (int32_t) (s*n_tps));
         }
     }
 
