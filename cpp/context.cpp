@@ -1,0 +1,155 @@
+#include "context.h"
+
+#include "errors.h"
+#include "log.h"
+
+#include <vector>
+
+namespace py = pybind11;
+
+namespace lminf_python {
+
+static llama_context_params to_llama(const context_options & options) {
+    llama_context_params params = llama_context_default_params();
+    params.n_ctx                = options.n_ctx;
+    params.n_batch              = options.n_batch;
+    params.n_ubatch             = options.n_ubatch;
+    params.n_seq_max            = options.n_seq_max;
+    params.n_threads            = options.n_threads;
+    params.n_threads_batch      = options.n_threads_batch;
+    params.flash_attn_type      = options.flash_attn;
+    params.type_k               = options.cache_type_k;
+    params.type_v               = options.cache_type_v;
+    params.no_perf              = true;
+    return params;
+}
+
+// What llama.cpp would answer with an abort of the process or a context of another shape.
+static void check_options(const context_options & options) {
+    if (options.n_ubatch < 1 || options.n_ubatch > options.n_batch) {
+        throw error(error_type::config, "n_ubatch = " + std::to_string(options.n_ubatch) + ": must be at least 1 and at most n_batch (" +
+                                            std::to_string(options.n_batch) + ")");
+    }
+    const size_t n_seq_limit = std::min<size_t>(llama_max_parallel_sequences(), options.n_batch);
+    if (options.n_seq_max < 1 || options.n_seq_max > n_seq_limit) {
+        throw error(error_type::config, "n_seq_max = " + std::to_string(options.n_seq_max) + ": must be from 1 to " + std::to_string(n_seq_limit));
+    }
+    if (ggml_is_quantized(options.cache_type_v) && options.flash_attn == LLAMA_FLASH_ATTN_TYPE_DISABLED) {
+        throw error(error_type::config, "cache_type_v = " + std::string(ggml_type_name(options.cache_type_v)) + ": a quantised V cache needs flash attention");
+    }
+}
+
+static void throw_init_error(bool with_lminf, const log_scope & scope) {
+    const std::string reason = lminf_last_error();
+    switch (with_lminf ? lminf_last_status() : LMINF_STATUS_OK) {
+        case LMINF_STATUS_CONFIG:      throw error(error_type::config, reason);
+        case LMINF_STATUS_UNSUPPORTED: throw error(error_type::unsupported_model, reason);
+        case LMINF_STATUS_CONTEXT:     throw error(error_type::context, scope.explain(reason));
+        case LMINF_STATUS_OK:          break;
+    }
+    throw error(error_type::context, scope.explain("llama.cpp could not make the context"));
+}
+
+Context::Context(std::shared_ptr<Model> model, const context_options & options) : model(std::move(model)), options(options) {
+    check_options(options);
+
+    llama_model *              llama  = this->model->ptr.get();
+    const llama_context_params params = to_llama(options);
+    const log_scope            scope(this->model->verbose);
+    {
+        const py::gil_scoped_release released;
+        ptr.reset(options.lminf ? lminf_init_from_model(llama, params, *options.lminf) : llama_init_from_model(llama, params));
+    }
+    if (!ptr) {
+        throw_init_error(options.lminf.has_value(), scope);
+    }
+    if (!llama_get_memory(ptr.get())) {
+        throw error(error_type::unsupported_model, "the model keeps no context: it is an encoder, and cannot read a stream");
+    }
+    last_n_past.reset(new std::atomic<int64_t>[options.n_seq_max] {});
+    llama_set_abort_callback(
+        ptr.get(), [](void * data) { return static_cast<interrupt_check *>(data)->poll(); }, &interrupt);
+}
+
+void Context::check_seq_id(llama_seq_id seq_id) const {
+    if (seq_id < 0 || static_cast<uint32_t>(seq_id) >= options.n_seq_max) {
+        throw error(error_type::config, "seq_id = " + std::to_string(seq_id) + ": must be from 0 to " + std::to_string(options.n_seq_max - 1));
+    }
+}
+
+static void refuse_reentry(const std::atomic<std::thread::id> & owner) {
+    if (owner == std::this_thread::get_id()) {
+        throw error(error_type::state, "used from a signal handler or callback while it is computing");
+    }
+}
+
+void Context::close() {
+    refuse_reentry(owner);
+    const py::gil_scoped_release released;
+    const std::lock_guard        lock(mutex);
+    closed = true;
+    ptr.reset();
+}
+
+int64_t Context::n_past(llama_seq_id seq_id) const {
+    check_seq_id(seq_id);
+    return last_n_past[seq_id];
+}
+
+Context::use::use(Context & context, llama_seq_id seq_id) : context(context), seq_id(seq_id) {
+    context.check_seq_id(seq_id);
+    refuse_reentry(context.owner);
+    released.emplace();
+    lock = std::unique_lock(context.mutex);
+    if (!context.ptr) {
+        throw error(error_type::state, "closed");
+    }
+    context.owner = std::this_thread::get_id();
+}
+
+Context::use::~use() {
+    for (uint32_t i = 0; i < context.options.n_seq_max; i++) {
+        context.last_n_past[i] = lminf_n_past(ctx(), static_cast<llama_seq_id>(i));
+    }
+    context.owner = std::thread::id();
+}
+
+void Context::use::throw_decode_error(int32_t status, const std::string & reason) const {
+    switch (status) {
+        case 1:  throw error(error_type::context, "the context is full (n_ctx = " + std::to_string(llama_n_ctx_seq(ctx())) + ")");
+        case 2:  throw error(error_type::state, "the computation was aborted");
+        default: throw error(error_type::context, reason);
+    }
+}
+
+void Context::use::decode(const llama_token * tokens, size_t n_tokens, bool all_logits) {
+    if (n_tokens < 1 || n_tokens > llama_n_batch(ctx())) {
+        throw error(error_type::config, std::to_string(n_tokens) + " tokens: decode from 1 to " + std::to_string(llama_n_batch(ctx())) + " at once");
+    }
+    context.model->check_tokens(tokens, n_tokens);
+
+    const std::vector<int8_t> output(all_logits ? n_tokens : 0, 1);
+    const log_scope           scope(context.model->verbose);
+
+    forget_logits();
+    context.interrupt.restart();
+    const int32_t status = lminf_decode(ctx(), seq_id, tokens, static_cast<int32_t>(n_tokens), all_logits ? output.data() : nullptr);
+    if (status == 0) {
+        llama_synchronize(ctx());
+        context.logits_of = seq_id;
+    }
+    context.interrupt.rethrow();
+    if (status != 0) {
+        throw_decode_error(status, scope.explain("llama.cpp could not decode (" + std::to_string(status) + ")"));
+    }
+}
+
+const float * Context::use::last_logits() const {
+    const float * logits = context.logits_of == seq_id ? llama_get_logits_ith(ctx(), -1) : nullptr;
+    if (!logits) {
+        throw error(error_type::state, "no logits: evaluate a token first");
+    }
+    return logits;
+}
+
+} // namespace lminf_python

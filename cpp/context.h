@@ -1,0 +1,94 @@
+// A llama_context, with or without LM-Infinite, that one thread at a time can use.
+
+#pragma once
+
+#include "interrupt.h"
+#include "lminf.h"
+#include "model.h"
+
+#include <atomic>
+#include <mutex>
+#include <optional>
+#include <thread>
+
+namespace lminf_python {
+
+struct context_options {
+    std::optional<lminf_params> lminf; // nullopt: plain llama.cpp
+
+    uint32_t              n_ctx           = 0; // 0: the trained length
+    uint32_t              n_batch         = 2048;
+    uint32_t              n_ubatch        = 512;
+    uint32_t              n_seq_max       = 1;
+    int32_t               n_threads       = 1;
+    int32_t               n_threads_batch = 1;
+    llama_flash_attn_type flash_attn      = LLAMA_FLASH_ATTN_TYPE_AUTO;
+    ggml_type             cache_type_k    = GGML_TYPE_F16;
+    ggml_type             cache_type_v    = GGML_TYPE_F16;
+};
+
+struct context_deleter {
+    void operator()(llama_context * ctx) const { llama_free(ctx); }
+};
+
+class Context {
+  public:
+    Context(std::shared_ptr<Model> model, const context_options & options);
+
+    const std::shared_ptr<Model> model; // outlives the llama_context
+    const context_options        options;
+
+    // Held by whoever calls a llama.h or lminf.h function on the context.
+    class use;
+
+    // Waits for the thread that uses the context.
+    void close();
+
+    bool is_closed() const { return closed; }
+
+    // Never waits: while another thread computes, the position before its micro-batch.
+    int64_t n_past(llama_seq_id seq_id) const;
+
+  private:
+    void check_seq_id(llama_seq_id seq_id) const;
+
+    std::unique_ptr<llama_context, context_deleter> ptr;
+    std::unique_ptr<std::atomic<int64_t>[]>         last_n_past; // of each sequence
+    std::mutex                                      mutex;
+    std::atomic<std::thread::id>                    owner{};
+    std::atomic<bool>                               closed{ false };
+    std::optional<llama_seq_id>                     logits_of; // the sequence that the logits belong to, if there are any
+    interrupt_check                                 interrupt;
+};
+
+// The context is this thread's, and the GIL is released, until the end of the scope. Throws error_type::state if it is closed.
+class Context::use {
+  public:
+    use(Context & context, llama_seq_id seq_id);
+    ~use();
+
+    use(const use &)             = delete;
+    use & operator=(const use &) = delete;
+
+    llama_context * ctx() const { return context.ptr.get(); }
+
+    // Appends tokens, at most n_batch, and computes the logits of all of them or of the last one.
+    // Raises what a signal handler raised meanwhile; then complete micro-batches stay in the sequence.
+    void decode(const llama_token * tokens, size_t n_tokens, bool all_logits);
+
+    // Logits of the last token of this sequence, [n_vocab]. Throws error_type::state if they are not there.
+    const float * last_logits() const;
+
+    // After anything else than decode() changed a sequence.
+    void forget_logits() { context.logits_of.reset(); }
+
+  private:
+    [[noreturn]] void throw_decode_error(int32_t status, const std::string & reason) const;
+
+    Context &                                   context;
+    const llama_seq_id                          seq_id;
+    std::optional<pybind11::gil_scoped_release> released;
+    std::unique_lock<std::mutex>                lock;
+};
+
+} // namespace lminf_python

@@ -1,0 +1,265 @@
+#include "context.h"
+#include "errors.h"
+#include "logprob.h"
+#include "module.h"
+
+#include <pybind11/stl.h>
+
+#include <cstring>
+#include <map>
+
+namespace py = pybind11;
+
+namespace lminf_python {
+
+using float_array = py::array_t<float, py::array::c_style>;
+
+// The types that llama.cpp's K and V cache can have.
+static const std::map<std::string, ggml_type> & cache_types() {
+    static const std::map<std::string, ggml_type> types = {
+        { "f32", GGML_TYPE_F32 },       { "f16", GGML_TYPE_F16 },   { "bf16", GGML_TYPE_BF16 },
+        { "q8_0", GGML_TYPE_Q8_0 },     { "q4_0", GGML_TYPE_Q4_0 }, { "q4_1", GGML_TYPE_Q4_1 },
+        { "iq4_nl", GGML_TYPE_IQ4_NL }, { "q5_0", GGML_TYPE_Q5_0 }, { "q5_1", GGML_TYPE_Q5_1 },
+    };
+    return types;
+}
+
+static ggml_type cache_type(const char * option, const std::string & name) {
+    const auto it = cache_types().find(name);
+    if (it == cache_types().end()) {
+        throw error(error_type::config, std::string(option) + " = '" + name + "': no such type");
+    }
+    return it->second;
+}
+
+static llama_flash_attn_type flash_attn_type(std::optional<bool> enabled) {
+    return !enabled ? LLAMA_FLASH_ATTN_TYPE_AUTO : *enabled ? LLAMA_FLASH_ATTN_TYPE_ENABLED : LLAMA_FLASH_ATTN_TYPE_DISABLED;
+}
+
+static std::unique_ptr<Context> make_context(std::shared_ptr<Model>      model,
+                                             std::optional<lminf_params> lminf,
+                                             uint32_t                    n_ctx,
+                                             uint32_t                    n_batch,
+                                             uint32_t                    n_ubatch,
+                                             uint32_t                    n_seq_max,
+                                             int32_t                     n_threads,
+                                             int32_t                     n_threads_batch,
+                                             std::optional<bool>         flash_attn,
+                                             const std::string &         cache_type_k,
+                                             const std::string &         cache_type_v) {
+    context_options options;
+    options.lminf           = lminf;
+    options.n_ctx           = n_ctx;
+    options.n_batch         = n_batch;
+    options.n_ubatch        = n_ubatch;
+    options.n_seq_max       = n_seq_max;
+    options.n_threads       = n_threads;
+    options.n_threads_batch = n_threads_batch;
+    options.flash_attn      = flash_attn_type(flash_attn);
+    options.cache_type_k    = cache_type("cache_type_k", cache_type_k);
+    options.cache_type_v    = cache_type("cache_type_v", cache_type_v);
+    return std::make_unique<Context>(std::move(model), options);
+}
+
+static void decode(Context & context, const token_array & tokens, llama_seq_id seq_id) {
+    Context::use held(context, seq_id);
+    held.decode(tokens.data(), tokens.size(), false);
+}
+
+static void eval(Context & context, const token_array & tokens, float_array & out, llama_seq_id seq_id) {
+    if (out.ndim() != 2 || out.shape(0) != tokens.size() || out.shape(1) != context.model->n_vocab()) {
+        throw error(error_type::config, "out must have the shape [n_tokens, n_vocab]");
+    }
+    float * dst = out.mutable_data();
+
+    Context::use held(context, seq_id);
+    held.decode(tokens.data(), tokens.size(), true);
+    std::memcpy(dst, llama_get_logits(held.ctx()), out.nbytes());
+}
+
+static void score(Context & context, const token_array & tokens, const token_array & targets, float_array & out, llama_seq_id seq_id) {
+    if (targets.size() > tokens.size() || out.size() != targets.size()) {
+        throw error(error_type::config, "out and targets must have the same size, at most that of tokens");
+    }
+    context.model->check_tokens(targets.data(), targets.size());
+    const int32_t n_vocab = context.model->n_vocab();
+    float *       dst     = out.mutable_data();
+
+    Context::use held(context, seq_id);
+    held.decode(tokens.data(), tokens.size(), true);
+    const float * logits = llama_get_logits(held.ctx());
+    for (py::ssize_t i = 0; i < targets.size(); i++) {
+        dst[i] = logprob(logits + static_cast<size_t>(i) * n_vocab, n_vocab, targets.data()[i]);
+    }
+}
+
+static float_array last_logits(Context & context, llama_seq_id seq_id) {
+    float_array result(context.model->n_vocab());
+    float *     dst = result.mutable_data();
+
+    const Context::use held(context, seq_id);
+    std::memcpy(dst, held.last_logits(), result.nbytes());
+    return result;
+}
+
+static void clear(Context & context) {
+    Context::use held(context, 0);
+    held.forget_logits();
+    llama_memory_clear(llama_get_memory(held.ctx()), false);
+}
+
+static bool seq_rm(Context & context, llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
+    Context::use held(context, seq_id);
+    held.forget_logits();
+    return llama_memory_seq_rm(llama_get_memory(held.ctx()), seq_id, p0, p1);
+}
+
+// What a cell of a plain context holds, all layers taken to be like the first.
+static uint64_t plain_bytes(const Context & context, const llama_context * ctx) {
+    const llama_model * model = context.model->ptr.get();
+
+    const int64_t n_head_kv = llama_model_n_head_kv(model);
+    const int64_t n_row     = n_head_kv * (llama_model_n_embd(model) / std::max(1, llama_model_n_head(model)));
+    const size_t  n_cell    = ggml_row_size(context.options.cache_type_k, n_row) + ggml_row_size(context.options.cache_type_v, n_row);
+    return uint64_t{ llama_n_ctx(ctx) } * llama_model_n_layer(model) * n_cell;
+}
+
+static lminf_stats stats(Context & context, llama_seq_id seq_id) {
+    const Context::use held(context, seq_id);
+
+    lminf_stats result{};
+    if (!lminf_get_stats(held.ctx(), seq_id, &result)) {
+        result.n_past        = lminf_n_past(held.ctx(), seq_id);
+        result.pos_physical  = result.n_past;
+        result.n_bytes       = plain_bytes(context, held.ctx());
+        result.n_cells       = llama_n_ctx_seq(held.ctx());
+        result.n_cells_used  = static_cast<uint32_t>(result.n_past);
+        result.sink_distance = -1;
+    }
+    return result;
+}
+
+static std::optional<lminf_params> resolved_params(Context & context) {
+    const Context::use held(context, 0);
+
+    lminf_params params{};
+    return lminf_get_params(held.ctx(), &params) ? std::optional(params) : std::nullopt;
+}
+
+template <typename F> static auto with_ctx(F f) {
+    return [f](Context & context) {
+        const Context::use held(context, 0);
+        return f(held.ctx());
+    };
+}
+
+static bool test_set_position(Context & context, int64_t pos, llama_seq_id seq_id) {
+    Context::use held(context, seq_id);
+    held.forget_logits();
+    return lminf_test_set_position(held.ctx(), seq_id, pos);
+}
+
+// Calls a "copy into dst, return the size" function of lminf.h twice; None if there is nothing to copy.
+template <typename F> static std::optional<py::bytes> copied_bytes(Context & context, llama_seq_id seq_id, F && f) {
+    std::string buffer;
+    {
+        const Context::use held(context, seq_id);
+        buffer.resize(size_t{ 1 } << 16);
+        buffer.resize(f(held.ctx(), buffer.data(), buffer.size()));
+    }
+    return buffer.empty() ? std::nullopt : std::optional(py::bytes(buffer));
+}
+
+static std::optional<py::bytes> test_get_key(Context & context, int32_t il, int64_t pos, llama_seq_id seq_id) {
+    return copied_bytes(context, seq_id, [&](const llama_context * ctx, void * dst, size_t size) {
+        return lminf_test_get_key(ctx, seq_id, il, pos, dst, size);
+    });
+}
+
+static std::optional<py::bytes> test_get_sink_original(Context & context, int32_t il, uint32_t j, llama_seq_id seq_id) {
+    return copied_bytes(context, seq_id, [&](const llama_context * ctx, void * dst, size_t size) {
+        return lminf_test_get_sink_original(ctx, seq_id, il, j, dst, size);
+    });
+}
+
+static lminf_params make_params(uint32_t n_sink, uint32_t n_window, uint32_t n_clamp, uint32_t n_block, uint32_t n_rollback, uint32_t n_rebase, bool kept) {
+    lminf_params params = lminf_default_params();
+    params.n_sink       = n_sink;
+    params.n_window     = n_window;
+    params.n_clamp      = n_clamp;
+    params.n_block      = n_block;
+    params.n_rollback   = n_rollback;
+    params.n_rebase     = n_rebase;
+    params.sink_order   = kept ? LMINF_SINK_ORDER_KEPT : LMINF_SINK_ORDER_CLAMPED;
+    return params;
+}
+
+static void register_params(py::module_ & m) {
+    py::class_<lminf_params>(m, "Params")
+        .def(py::init(&make_params), py::kw_only(), py::arg("n_sink"), py::arg("n_window"), py::arg("n_clamp"), py::arg("n_block"),
+             py::arg("n_rollback"), py::arg("n_rebase"), py::arg("kept"))
+        .def_readonly("n_sink", &lminf_params::n_sink)
+        .def_readonly("n_window", &lminf_params::n_window)
+        .def_readonly("n_clamp", &lminf_params::n_clamp)
+        .def_readonly("n_block", &lminf_params::n_block)
+        .def_readonly("n_rollback", &lminf_params::n_rollback)
+        .def_readonly("n_rebase", &lminf_params::n_rebase)
+        .def_property_readonly("kept", [](const lminf_params & params) { return params.sink_order == LMINF_SINK_ORDER_KEPT; });
+}
+
+static void register_stats(py::module_ & m) {
+    py::class_<lminf_stats>(m, "Stats")
+        .def_readonly("n_past", &lminf_stats::n_past)
+        .def_readonly("n_evicted", &lminf_stats::n_evicted)
+        .def_readonly("pos_physical", &lminf_stats::pos_physical)
+        .def_readonly("n_placements", &lminf_stats::n_placements)
+        .def_readonly("n_rebases", &lminf_stats::n_rebases)
+        .def_readonly("n_bytes", &lminf_stats::n_bytes)
+        .def_readonly("n_cells", &lminf_stats::n_cells)
+        .def_readonly("n_cells_used", &lminf_stats::n_cells_used)
+        .def_readonly("n_ring", &lminf_stats::n_ring)
+        .def_readonly("sink_distance", &lminf_stats::sink_distance);
+}
+
+void register_context(py::module_ & m) {
+    register_params(m);
+    register_stats(m);
+
+    m.def("cache_types", [] {
+        std::vector<std::string> names;
+        for (const auto & [name, type] : cache_types()) {
+            names.push_back(name);
+        }
+        return names;
+    });
+
+    const auto tokens = py::arg("tokens").noconvert();
+    const auto out    = py::arg("out").noconvert();
+    const auto seq_id = py::arg("seq_id") = 0;
+
+    py::class_<Context>(m, "Context")
+        .def(py::init(&make_context), py::arg("model"), py::kw_only(), py::arg("lminf") = py::none(), py::arg("n_ctx") = 0,
+             py::arg("n_batch") = 2048, py::arg("n_ubatch") = 512, py::arg("n_seq_max") = 1, py::arg("n_threads") = 1,
+             py::arg("n_threads_batch") = 1, py::arg("flash_attn") = py::none(), py::arg("cache_type_k") = "f16",
+             py::arg("cache_type_v") = "f16")
+        .def("close", &Context::close)
+        .def_property_readonly("closed", &Context::is_closed)
+        .def_property_readonly("n_ctx", with_ctx(llama_n_ctx_seq))
+        .def_property_readonly("n_batch", with_ctx(llama_n_batch))
+        .def_property_readonly("n_ubatch", with_ctx(llama_n_ubatch))
+        .def_property_readonly("n_seq_max", with_ctx(llama_n_seq_max))
+        .def_property_readonly("params", &resolved_params)
+        .def("n_past", &Context::n_past, seq_id)
+        .def("stats", &stats, seq_id)
+        .def("decode", &decode, tokens, seq_id)
+        .def("eval", &eval, tokens, out, seq_id)
+        .def("score", &score, tokens, py::arg("targets").noconvert(), out, seq_id)
+        .def("last_logits", &last_logits, seq_id)
+        .def("clear", &clear)
+        .def("seq_rm", &seq_rm, py::arg("seq_id"), py::arg("p0") = -1, py::arg("p1") = -1)
+        .def("test_set_position", &test_set_position, py::arg("pos"), seq_id)
+        .def("test_get_key", &test_get_key, py::arg("il"), py::arg("pos"), seq_id)
+        .def("test_get_sink_original", &test_get_sink_original, py::arg("il"), py::arg("j"), seq_id);
+}
+
+} // namespace lminf_python

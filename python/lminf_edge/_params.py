@@ -1,0 +1,52 @@
+"""Options of `Llama` in the form that the extension takes."""
+
+from __future__ import annotations
+
+from lminf_edge._checks import check_optional_int
+from lminf_edge._library import _core
+from lminf_edge.config import LMInfConfig
+from lminf_edge.errors import ConfigError
+
+
+def batch_sizes(n_batch: int | None, n_ubatch: int | None) -> tuple[int, int]:
+    """n_batch and n_ubatch with their defaults filled in.
+
+    Raises:
+        ConfigError: One is out of range, or n_ubatch is larger than n_batch.
+    """
+    check_optional_int("n_batch", n_batch, 1)
+    check_optional_int("n_ubatch", n_ubatch, 1)
+    batch = max(2048, n_ubatch or 0) if n_batch is None else n_batch
+    ubatch = min(512, batch) if n_ubatch is None else n_ubatch
+    if ubatch > batch:
+        raise ConfigError(f"n_ubatch = {ubatch}: must be at most n_batch ({batch})")
+    return batch, ubatch
+
+
+def to_params(config: LMInfConfig | None, n_rebase: int) -> _core.Params | None:
+    """The C API's lminf_params, in which 0 means "default"."""
+    if config is None:
+        return None
+    return _core.Params(
+        n_sink=config.n_sink,
+        n_window=config.n_window or 0,
+        n_clamp=config.n_clamp or 0,
+        n_block=config.n_block or 0,
+        n_rollback=config.n_rollback,
+        n_rebase=n_rebase,
+        kept=config.sink_order == "kept",
+    )
+
+
+def from_params(params: _core.Params | None) -> LMInfConfig | None:
+    """The configuration that lminf_params stand for."""
+    if params is None:
+        return None
+    return LMInfConfig(
+        n_sink=params.n_sink,
+        n_window=params.n_window,
+        n_clamp=params.n_clamp,
+        n_block=params.n_block,
+        n_rollback=params.n_rollback,
+        sink_order="kept" if params.kept else "clamped",
+    )

@@ -1,0 +1,111 @@
+"""`lminf-edge demo`: one text, read with LM-Infinite and with full attention, side by side."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from typing import Annotated
+
+import typer
+
+from lminf_edge.cli._demo_screen import DemoScreen
+from lminf_edge.cli._terminal import find_model, messages, output, with_exit_codes
+from lminf_edge.config import LMInfConfig
+from lminf_edge.errors import ConfigError
+from lminf_edge.evaluation.comparison import Comparison, Reading
+from lminf_edge.evaluation.reader import ReaderOptions, StreamReader
+from lminf_edge.evaluation.texts import python_documentation, text_file, tokenize_text
+from lminf_edge.records import GenerationStep
+
+STORY_BEGINNING = "\n\nOnce upon a time, in a small village at the edge of a great forest, there lived"
+
+N_UBATCH = 256  # half of llama.cpp's default: as fast, and half of the memory for logits
+
+
+@with_exit_codes
+def demo(
+    model: Annotated[
+        str | None,
+        typer.Option(help="GGUF file, or owner/repository/file.gguf on Hugging Face. Default: SmolLM2-135M-Instruct."),
+    ] = None,
+    text: Annotated[str | None, typer.Option(help="Text file to read. Default: Python's documentation.")] = None,
+    tokens: Annotated[int, typer.Option(min=64, help="Tokens to read.")] = 12288,
+    story: Annotated[int, typer.Option(min=0, help="Tokens to write afterwards.")] = 200,
+    n_sink: Annotated[int, typer.Option(help="Sink tokens: first tokens that are never evicted.")] = 4,
+    n_window: Annotated[
+        int | None, typer.Option(help="Local window in tokens. Default: an eighth of the trained length, at most 1024.")
+    ] = None,
+    n_clamp: Annotated[int | None, typer.Option(help="Largest RoPE distance. Default: the window.")] = None,
+    n_block: Annotated[int | None, typer.Option(help="Positions between placements of the sink tokens.")] = None,
+    cache_type: Annotated[str, typer.Option(help="Type of cached keys and values: f16, q8_0, q4_0 ...")] = "f16",
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads. Default: the usable physical cores.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the measurements as JSON.")] = False,
+) -> None:
+    """Reads a long text with LM-Infinite, then with full attention, and writes a story on."""
+    path = find_model(model)
+    tokenized = tokenize_text(path, text_file(text) if text else python_documentation())
+    if len(tokenized.tokens) < tokens:
+        raise ConfigError(f"--tokens {tokens}: the text has only {len(tokenized.tokens)} tokens")
+    options = ReaderOptions(
+        model_path=path,
+        lminf=LMInfConfig(
+            n_sink=n_sink,
+            n_window=max(1, min(1024, tokenized.n_ctx_train // 8)) if n_window is None else n_window,
+            n_clamp=n_clamp,
+            n_block=n_block,
+        ),
+        n_ubatch=N_UBATCH,
+        n_threads=threads,
+        cache_type=cache_type,
+    )
+    comparison = Comparison(tokens, tokenized.n_ctx_train, bucket=max(1, min(2048, tokenized.n_ctx_train // 4)))
+    _compare(tokenized.tokens[:tokens], story, options, comparison, as_json)
+
+
+def _compare(tokens: list[int], n_story: int, options: ReaderOptions, comparison: Comparison, as_json: bool) -> None:
+    screen = DemoScreen(messages if as_json else output, comparison)
+    with StreamReader(options) as endless:
+        screen.show_settings(options, endless.status)
+        with screen.live_table():
+            for _ in _read(endless, tokens, comparison.endless):
+                screen.update()
+            plain = replace(options, lminf=None, n_ctx=min(len(tokens), comparison.n_ctx_train))
+            with StreamReader(plain) as full:
+                for _ in _read(full, tokens, comparison.full):
+                    screen.update()
+        steps = endless.write(STORY_BEGINNING, n_story, temperature=0.7, seed=1) if n_story else iter(())
+        written = list(screen.show_story(STORY_BEGINNING, steps))
+    screen.show_conclusion()
+    if as_json:
+        print(json.dumps(_to_json(options, endless, comparison, written), indent=2))
+
+
+def _read(reader: StreamReader, tokens: list[int], reading: Reading) -> Iterator[None]:
+    reading.add(reader.status)
+    for status in reader.read(tokens):
+        reading.add(status)
+        yield
+
+
+def _to_json(
+    options: ReaderOptions, endless: StreamReader, comparison: Comparison, written: list[GenerationStep]
+) -> dict[str, object]:
+    config = endless.status.lminf
+    return {
+        "model": str(options.model_path),
+        "n_tokens": comparison.n_tokens,
+        "n_ctx_train": comparison.n_ctx_train,
+        "bucket": comparison.bucket,
+        "cache_type": options.cache_type,
+        "lminf": asdict(config) if config else None,
+        "endless": comparison.endless.to_json(),
+        "full": comparison.full.to_json(),
+        "story": {
+            "text": STORY_BEGINNING + "".join(step.text for step in written),
+            "n_tokens": len(written),
+            "tokens_per_second": written[-1].tokens_per_second if written else None,
+            "n_past": written[-1].n_past if written else None,
+        },
+        "conclusion": comparison.conclusion(),
+    }

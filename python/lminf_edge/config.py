@@ -1,0 +1,62 @@
+"""How far a model looks: the parameters of LM-Infinite."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from lminf_edge._checks import N_MAX, check_choice, check_int, check_optional_int
+from lminf_edge.errors import ConfigError
+
+SinkOrder = Literal["clamped", "kept"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LMInfConfig:
+    """Which keys a token sees, and at which RoPE distances (Han et al., arXiv 2308.16137, section 4).
+
+    A token at position p sees a key at position j <= p if j < n_sink or p - j < n_window. All counts are in tokens.
+
+    Attributes:
+        n_sink: The first tokens of a sequence, which are never evicted (S in the paper's terms).
+        n_window: Length of the local window (W). None: 2048, at most the length that the model was trained on.
+        n_clamp: Largest RoPE distance that a token may see (L). None: n_window.
+        n_block: The sink tokens are placed anew once per this many positions (B); 1 is the paper's exact clamp.
+            None: 64, at most n_clamp.
+        sink_order: "clamped": all far sink tokens stand at one distance, as in the paper. "kept": they keep their
+            distances to each other, which needs n_sink + n_window <= n_clamp + 1; for pinned system prompts.
+        n_rollback: Tokens at the end of a sequence that can be removed exactly at any time.
+
+    Raises:
+        ConfigError: A value, or a combination of values, is out of range. What depends on the model is checked when a
+            `Llama` is made.
+    """
+
+    n_sink: int = 4
+    n_window: int | None = None
+    n_clamp: int | None = None
+    n_block: int | None = None
+    sink_order: SinkOrder = "clamped"
+    n_rollback: int = 256
+
+    def __post_init__(self) -> None:
+        check_int("n_sink", self.n_sink, 0)
+        window = check_optional_int("n_window", self.n_window, 1)
+        clamp = check_optional_int("n_clamp", self.n_clamp, 1)
+        check_optional_int("n_block", self.n_block, 1)
+        check_int("n_rollback", self.n_rollback, 0)
+        check_choice("sink_order", self.sink_order, ("clamped", "kept"))
+        self._check_together(window, window if clamp is None else clamp)
+
+    def _check_together(self, window: int | None, clamp: int | None) -> None:
+        if window is not None and self.n_sink + window > N_MAX:
+            raise ConfigError(f"n_sink = {self.n_sink}, n_window = {window}: their sum must be at most {N_MAX}")
+        if clamp is None:
+            return
+        if self.n_block is not None and self.n_block > clamp:
+            raise ConfigError(f"n_block = {self.n_block}: must be at most n_clamp ({clamp})")
+        if self.sink_order == "kept" and window is not None and self.n_sink + window > clamp + 1:
+            raise ConfigError(
+                f"n_clamp = {clamp}: must be at least n_sink + n_window - 1 = {self.n_sink + window - 1} "
+                "with sink_order='kept'"
+            )

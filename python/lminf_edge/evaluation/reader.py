@@ -1,0 +1,225 @@
+"""A model in a process of its own that reads a stream and writes on: what that process uses is the model's alone."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, TypeVar
+
+from lminf_edge.config import LMInfConfig
+from lminf_edge.errors import LMInfError
+from lminf_edge.evaluation.streams import StreamPiece, read_stream
+from lminf_edge.llama import Llama
+from lminf_edge.records import GenerationStep
+
+Message = TypeVar("Message")
+
+
+class PipeEnd(Protocol):
+    """One end of a multiprocessing pipe."""
+
+    def send(self, message: Any, /) -> None:
+        """Sends an object that can be pickled."""
+
+    def recv(self) -> Any:
+        """Waits for the next object."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReaderOptions:
+    """How the process opens the model. The fields mean what they mean for `Llama`."""
+
+    model_path: Path
+    lminf: LMInfConfig | None
+    n_ctx: int | None = None
+    n_ubatch: int | None = None
+    n_threads: int | None = None
+    cache_type: str = "f16"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReaderStatus:
+    """Sent when the model is open, and with each piece of a stream.
+
+    Attributes:
+        n_past: Tokens that the model has seen.
+        n_ctx: Length at which the context is full. None: never.
+        n_ctx_train: Length that the model was trained on.
+        kv_bytes: Bytes of the model's keys and values.
+        resident_bytes: Memory of the process that is in RAM.
+        lminf: The parameters in use, defaults filled in.
+        piece: What was read since the last message.
+    """
+
+    n_past: int
+    n_ctx: int | None
+    n_ctx_train: int
+    kv_bytes: int
+    resident_bytes: int
+    lminf: LMInfConfig | None
+    piece: StreamPiece | None = None
+
+
+@dataclass(frozen=True)
+class _Read:
+    tokens: list[int]
+
+
+@dataclass(frozen=True)
+class _Write:
+    prompt: str
+    n_tokens: int
+    temperature: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class _Done:
+    error: LMInfError | None = None
+
+
+class StreamReader:
+    """Starts the process, gives it work and ends it. A context manager."""
+
+    def __init__(self, options: ReaderOptions) -> None:
+        """Starts the process and waits until the model is open.
+
+        Raises:
+            LMInfError: What opening the model raised there.
+        """
+        context = multiprocessing.get_context("spawn")
+        self._pipe, remote = context.Pipe()
+        self._process = context.Process(target=_serve, args=(remote, options), daemon=True)
+        with _interrupts_ignored():
+            self._process.start()
+        remote.close()
+        try:
+            (self.status,) = self._messages(ReaderStatus)
+        except BaseException:
+            self.close()
+            raise
+
+    def read(self, tokens: list[int]) -> Iterator[ReaderStatus]:
+        """Reads a text and scores it, as `read_stream` does.
+
+        A plain context reads as much as fits: where n_ctx is less than the text, the stream ends there.
+
+        Raises:
+            LMInfError: What reading raised there.
+        """
+        self._pipe.send(_Read(tokens))
+        for status in self._messages(ReaderStatus):
+            self.status = status
+            yield status
+
+    def write(self, prompt: str, n_tokens: int, *, temperature: float, seed: int) -> Iterator[GenerationStep]:
+        """Reads a prompt and writes on, past the model's end-of-generation tokens.
+
+        Raises:
+            LMInfError: What generating raised there.
+        """
+        self._pipe.send(_Write(prompt, n_tokens, temperature, seed))
+        yield from self._messages(GenerationStep)
+
+    def close(self) -> None:
+        """Ends the process, whatever it is doing."""
+        self._process.kill()
+        self._process.join()
+        self._pipe.close()
+
+    def __enter__(self) -> StreamReader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _messages(self, kind: type[Message]) -> Iterator[Message]:
+        """What the process sends until its work is done."""
+        while True:
+            try:
+                message = self._pipe.recv()
+            except EOFError:
+                self._process.join()
+                raise LMInfError(f"the model's process ended with exit code {self._process.exitcode}") from None
+            if isinstance(message, _Done):
+                if message.error is not None:
+                    raise message.error
+                return
+            if not isinstance(message, kind):
+                raise TypeError(f"expected {kind.__name__}, got {message!r}")
+            yield message
+
+
+def _serve(pipe: PipeEnd, options: ReaderOptions) -> None:
+    """The process: opens the model, then does what it is told until it is killed."""
+    try:
+        with _open(options) as llm:
+            pipe.send(_status_of(llm))
+            pipe.send(_Done())
+            while True:
+                _work(pipe, llm, pipe.recv())
+                pipe.send(_Done())
+    except (EOFError, BrokenPipeError):
+        return  # nobody is interested any more
+    except LMInfError as error:
+        pipe.send(_Done(error))
+    except Exception as error:
+        pipe.send(_Done(LMInfError(f"{type(error).__name__}: {error}")))
+
+
+def _open(options: ReaderOptions) -> Llama:
+    return Llama(
+        options.model_path,
+        lminf=options.lminf,
+        n_ctx=options.n_ctx,
+        n_ubatch=options.n_ubatch,
+        n_threads=options.n_threads,
+        cache_type_k=options.cache_type,
+        cache_type_v=options.cache_type,
+    )
+
+
+def _work(pipe: PipeEnd, llm: Llama, work: _Read | _Write) -> None:
+    if isinstance(work, _Read):
+        room = len(work.tokens) if llm.n_ctx is None else llm.n_ctx - llm.n_past
+        for piece in read_stream(llm, work.tokens[:room]):
+            pipe.send(_status_of(llm, piece))
+        return
+    for step in llm.generate(
+        work.prompt, max_tokens=work.n_tokens, temperature=work.temperature, seed=work.seed, stop_at_end=False
+    ):
+        pipe.send(step)
+
+
+def _status_of(llm: Llama, piece: StreamPiece | None = None) -> ReaderStatus:
+    stats = llm.memory_stats()
+    return ReaderStatus(
+        n_past=stats.n_past,
+        n_ctx=llm.n_ctx,
+        n_ctx_train=llm.n_ctx_train,
+        kv_bytes=stats.kv_bytes,
+        resident_bytes=stats.resident_bytes,
+        lminf=llm.config,
+        piece=piece,
+    )
+
+
+@contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    """A process that starts now never sees Ctrl-C; it is killed when its parent goes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)

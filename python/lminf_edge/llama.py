@@ -1,0 +1,433 @@
+"""A language model that reads a text without end: the class `Llama`."""
+
+from __future__ import annotations
+
+import codecs
+import os
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+
+import numpy as np
+import numpy.typing as npt
+
+from lminf_edge._checks import check_bool, check_choice, check_int, check_optional_int
+from lminf_edge._library import _core
+from lminf_edge._params import batch_sizes, from_params, to_params
+from lminf_edge.config import LMInfConfig
+from lminf_edge.errors import ConfigError, ContextError, StateError, UnsupportedModelError
+from lminf_edge.gguf_file import check_gguf_file
+from lminf_edge.records import GenerationStep, MemoryStats
+from lminf_edge.sampling import N_SEED_MAX, SamplingOptions
+from lminf_edge.system import default_n_threads, resident_bytes
+from lminf_edge.tokens import TokenArray, TokenSequence, as_token_array
+
+
+class Llama:
+    """A GGUF model and one sequence of tokens that grows with every call.
+
+    With `lminf` the sequence never ends: memory and speed stay what they are after the first window. Without it this
+    is plain llama.cpp: full attention, and a ContextError when the context is full.
+
+    One thread at a time can compute; another one that tries gets a StateError. While the model computes, the GIL is
+    released and Ctrl-C works: it raises KeyboardInterrupt, complete micro-batches stay in the sequence (`n_past`
+    tells) and the object remains usable.
+
+    Args:
+        model_path: A GGUF file. All other arguments are keyword-only.
+        lminf: Sink tokens, window and clamp. None: plain llama.cpp.
+        n_ctx: Context length in tokens, for plain llama.cpp only; llama.cpp rounds it up to a multiple of 256. None:
+            the length that the model was trained on.
+        n_batch: Tokens handed to llama.cpp at once. None: 2048, at least n_ubatch.
+        n_ubatch: Tokens computed at once (a micro-batch). None: 512, at most n_batch.
+        n_threads: Threads for generation. None: the usable physical cores.
+        n_threads_batch: Threads for prompts. None: n_threads.
+        n_gpu_layers: Layers to keep on a GPU if there is one; -1 means all.
+        cache_type_k: Type of the cached keys: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0 or iq4_nl.
+        cache_type_v: Type of the cached values. Quantised values need flash attention.
+        flash_attn: None: when llama.cpp finds it supported.
+        seed: Makes generation repeatable. None: a random one.
+        use_mmap: Map the model file instead of reading it.
+        use_mlock: Forbid the system to swap the model out.
+        verbose: Show llama.cpp's own log on standard error.
+        progress: Called with the loaded fraction (0 to 1) while the model loads.
+
+    Raises:
+        ConfigError: An argument, or a combination of arguments, is out of range.
+        ModelLoadError: The file is missing, unreadable or damaged.
+        UnsupportedModelError: llama.cpp, or LM-Infinite, cannot run this model.
+        ContextError: llama.cpp could not make the context, for example for lack of memory.
+    """
+
+    def __init__(
+        self,
+        model_path: str | os.PathLike[str],
+        *,
+        lminf: LMInfConfig | None = None,
+        n_ctx: int | None = None,
+        n_batch: int | None = None,
+        n_ubatch: int | None = None,
+        n_threads: int | None = None,
+        n_threads_batch: int | None = None,
+        n_gpu_layers: int = 0,
+        cache_type_k: str = "f16",
+        cache_type_v: str = "f16",
+        flash_attn: bool | None = None,
+        seed: int | None = None,
+        use_mmap: bool = True,
+        use_mlock: bool = False,
+        verbose: bool = False,
+        progress: Callable[[float], object] | None = None,
+        _n_rebase: int = 0,
+        _n_seq_max: int = 1,
+    ) -> None:
+        if lminf is not None and not isinstance(lminf, LMInfConfig):
+            raise ConfigError(f"lminf = {lminf!r}: must be an LMInfConfig or None")
+        if lminf is not None and n_ctx is not None:
+            raise ConfigError(f"n_ctx = {n_ctx!r}: only for lminf=None; with lminf the window decides the memory")
+        threads = check_optional_int("n_threads", n_threads, 1, 512) or default_n_threads()
+        batch, ubatch = batch_sizes(n_batch, n_ubatch)
+        if flash_attn is not None:
+            check_bool("flash_attn", flash_attn)
+        for name, cache_type in (("cache_type_k", cache_type_k), ("cache_type_v", cache_type_v)):
+            check_choice(name, cache_type, _core.cache_types())
+        self._random = random.Random(check_optional_int("seed", seed, 0, N_SEED_MAX))
+        context_options = {
+            "n_ctx": check_optional_int("n_ctx", n_ctx, 1) or 0,
+            "n_batch": batch,
+            "n_ubatch": ubatch,
+            "n_seq_max": _n_seq_max,
+            "n_threads": threads,
+            "n_threads_batch": check_optional_int("n_threads_batch", n_threads_batch, 1, 512) or threads,
+        }
+        model = _core.Model(
+            str(check_gguf_file(model_path)),
+            n_gpu_layers=check_int("n_gpu_layers", n_gpu_layers, -1),
+            use_mmap=check_bool("use_mmap", use_mmap),
+            use_mlock=check_bool("use_mlock", use_mlock),
+            verbose=check_bool("verbose", verbose),
+            progress=progress,
+        )
+        if model.has_encoder or not model.has_decoder:
+            raise UnsupportedModelError(f"{model.description}: models with an encoder cannot read a stream")
+        context = _core.Context(
+            model,
+            lminf=to_params(lminf, check_int("_n_rebase", _n_rebase, 0)),
+            flash_attn=flash_attn,
+            cache_type_k=cache_type_k,
+            cache_type_v=cache_type_v,
+            **context_options,
+        )
+        self._open: tuple[_core.Model, _core.Context] | None = (model, context)
+        self._n_ctx = None if lminf is not None else context.n_ctx
+        self._n_batch = context.n_batch
+        self._n_ubatch = context.n_ubatch
+        self._config = from_params(context.params)
+        self._computing = threading.Lock()
+
+    @property
+    def config(self) -> LMInfConfig | None:
+        """The LM-Infinite parameters in use, every default filled in. None for plain llama.cpp."""
+        return self._config
+
+    @property
+    def n_ctx(self) -> int | None:
+        """Length at which the context is full, in tokens. None: never (LM-Infinite)."""
+        return self._n_ctx
+
+    @property
+    def n_ctx_train(self) -> int:
+        """Length that the model was trained on, in tokens."""
+        return self._model.n_ctx_train
+
+    @property
+    def n_vocab(self) -> int:
+        """Tokens in the vocabulary."""
+        return self._model.n_vocab
+
+    @property
+    def description(self) -> str:
+        """Architecture, size and quantisation in llama.cpp's words."""
+        return self._model.description
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The GGUF file's metadata, arrays abbreviated."""
+        return self._model.metadata
+
+    @property
+    def chat_template(self) -> str | None:
+        """The GGUF file's own chat template (Jinja), if it has one."""
+        return self._model.chat_template
+
+    @property
+    def n_past(self) -> int:
+        """Position of the next token, counted from 0 and not limited to 32 bits: the number of tokens seen.
+
+        Safe to read while another thread computes; it then moves with each completed call into llama.cpp.
+        """
+        return self._context.n_past()
+
+    def tokenize(self, text: str | bytes, add_bos: bool = True, special: bool = False) -> list[int]:
+        """Splits a text into tokens.
+
+        Args:
+            text: The text; bytes are taken as UTF-8.
+            add_bos: Put the model's begin-of-text token first if the model wants one (and, for the few models that want
+                it, an end token last).
+            special: Recognise special tokens such as `<|im_end|>` in the text. Leave it off for text you did not write.
+
+        Returns:
+            Token ids.
+        """
+        data = text.encode() if isinstance(text, str) else bytes(text)
+        return [int(token) for token in self._model.tokenize(data, add_bos, special)]
+
+    def detokenize(self, tokens: TokenSequence, *, special: bool = False) -> str:
+        """The text of some tokens; bytes that are no UTF-8, such as half a character, become U+FFFD.
+
+        Args:
+            tokens: Token ids.
+            special: Spell special tokens out instead of leaving them away.
+        """
+        return self.detokenize_bytes(tokens, special=special).decode(errors="replace")
+
+    def detokenize_bytes(self, tokens: TokenSequence, *, special: bool = False) -> bytes:
+        """The text of some tokens as the bytes that they stand for."""
+        return self._model.detokenize(self._to_tokens(tokens, allow_empty=True), False, special)
+
+    def eval(self, tokens: TokenSequence) -> npt.NDArray[np.float32]:
+        """Appends tokens to the sequence and returns what the model expects after each of them.
+
+        The result has n_tokens * n_vocab * 4 bytes; `logprobs` needs no memory that grows with the text.
+
+        Args:
+            tokens: Token ids, any number from 1.
+
+        Returns:
+            Logits, float32 [n_tokens, n_vocab]. Row i belongs to the token that follows tokens[i].
+
+        Raises:
+            ConfigError: There are no tokens, or one is outside the vocabulary. Nothing was appended.
+            ContextError: A plain context has no room for all of them. Nothing was appended.
+            StateError: The object is closed, or another thread computes with it.
+        """
+        checked = self._to_tokens(tokens)
+        with self._exclusive():
+            self._check_room(checked.size)
+            logits = np.empty((checked.size, self.n_vocab), np.float32)
+            for begin in range(0, checked.size, self._n_ubatch):
+                end = begin + self._n_ubatch
+                self._context.eval(checked[begin:end], logits[begin:end])
+        return logits
+
+    def logprobs(self, tokens: TokenSequence) -> npt.NDArray[np.float32]:
+        """Appends tokens to the sequence and returns how probable each was after those before it.
+
+        The first token only conditions the others, whatever the sequence held before: it is appended, but not scored.
+        Never more than one micro-batch of logits is in memory.
+
+        Args:
+            tokens: Token ids, any number from 1.
+
+        Returns:
+            Natural-log probabilities, float32 [n_tokens - 1]. Entry i belongs to tokens[i + 1].
+
+        Raises:
+            ConfigError, ContextError, StateError: As for `eval`.
+        """
+        return np.concatenate(list(self.iter_logprobs(tokens)))
+
+    def iter_logprobs(self, tokens: TokenSequence) -> Iterator[npt.NDArray[np.float32]]:
+        """Does what `logprobs` does, micro-batch by micro-batch, for a caller that wants to watch.
+
+        Args:
+            tokens: Token ids, any number from 1. They are checked now and appended as the result is iterated over.
+
+        Returns:
+            An iterator over consecutive pieces of what `logprobs` returns, one for each micro-batch.
+
+        Raises:
+            ConfigError, ContextError, StateError: As for `eval`.
+        """
+        checked = self._to_tokens(tokens)
+        self._check_room(checked.size)
+        return self._score_micro_batches(checked)
+
+    def _score_micro_batches(self, tokens: TokenArray) -> Iterator[npt.NDArray[np.float32]]:
+        for begin in range(0, tokens.size, self._n_ubatch):
+            end = begin + self._n_ubatch
+            targets = tokens[begin + 1 : end + 1]
+            scores = np.empty(targets.size, np.float32)
+            with self._exclusive():
+                self._context.score(tokens[begin:end], targets, scores)
+            yield scores
+
+    def generate(
+        self,
+        prompt: str | bytes | TokenSequence = (),
+        *,
+        max_tokens: int = 128,
+        temperature: float = 0.8,
+        top_k: int = 40,
+        top_p: float = 0.95,
+        min_p: float = 0.05,
+        repeat_penalty: float = 1.0,
+        frequency_penalty: float = 0.0,
+        presence_penalty: float = 0.0,
+        penalty_last_n: int = 64,
+        seed: int | None = None,
+        stop_at_end: bool = True,
+    ) -> Iterator[GenerationStep]:
+        """Appends a prompt to the sequence, then draws tokens one by one.
+
+        With LM-Infinite the prompt may have any length: it is read through the window. A token is appended to the
+        sequence before its step is handed out, so that the sequence always holds exactly the text that the caller
+        has.
+
+        Args:
+            prompt: Text or token ids. Text gets the model's begin-of-text token only where the sequence begins, and
+                special tokens in it are not recognised. Empty: go on after the last token of the sequence.
+            max_tokens: Tokens to draw; -1 means without end.
+            temperature: 0 takes the most probable token.
+            top_k: Draw from the k most probable tokens; 0 means all.
+            top_p: Draw from the most probable tokens that together have this probability.
+            min_p: Draw from tokens at least this probable relative to the most probable one.
+            repeat_penalty: Makes tokens that are among the last penalty_last_n less probable; 1 means no.
+            frequency_penalty: The same, by occurrence.
+            presence_penalty: The same, once.
+            penalty_last_n: How many tokens back the penalties look, prompt included.
+            seed: Makes this call repeatable. None: the next one from the seed that the object was made with.
+            stop_at_end: Stop when the model draws an end-of-generation token.
+
+        Returns:
+            An iterator over the steps. The arguments are checked now; the prompt is read when the first step is asked
+            for.
+
+        Raises:
+            ConfigError, ContextError, StateError: As for `eval`; a plain context may also become full between steps.
+        """
+        options = SamplingOptions(
+            repeat_penalty=repeat_penalty,
+            frequency_penalty=frequency_penalty,
+            presence_penalty=presence_penalty,
+            penalty_last_n=penalty_last_n,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            temperature=temperature,
+        )
+        check_int("max_tokens", max_tokens, -1)
+        check_bool("stop_at_end", stop_at_end)
+        seed = check_optional_int("seed", seed, 0, N_SEED_MAX)
+        if isinstance(prompt, str | bytes):
+            prompt = self.tokenize(prompt, add_bos=self.n_past == 0)
+        tokens = self._to_tokens(prompt, allow_empty=self.n_past > 0)
+        self._check_room(tokens.size)
+        if seed is None:
+            seed = self._random.randint(0, N_SEED_MAX)
+        return self._draw_tokens(tokens, options.sampler(self._model, seed), max_tokens, stop_at_end)
+
+    def _draw_tokens(
+        self, prompt: TokenArray, sampler: _core.Sampler, max_tokens: int, stop_at_end: bool
+    ) -> Iterator[GenerationStep]:
+        with self._exclusive():
+            for begin in range(0, prompt.size, self._n_batch):
+                self._context.decode(prompt[begin : begin + self._n_batch])
+        sampler.accept(prompt)
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        start = time.perf_counter()
+        n_drawn = 0
+        while n_drawn != max_tokens:
+            with self._exclusive():
+                token, logprob = sampler.sample(self._context)
+                ended = stop_at_end and self._model.is_eog(token)
+                if not ended:
+                    self._check_room(1)
+                    self._context.decode(np.array([token], np.int32))
+            n_drawn += 1
+            final = ended or n_drawn == max_tokens
+            piece = b"" if ended else self._model.token_to_piece(token, False)
+            yield GenerationStep(
+                token=token,
+                text=decoder.decode(piece, final=final),
+                logprob=logprob,
+                n_past=self._context.n_past(),
+                tokens_per_second=n_drawn / (time.perf_counter() - start),
+                finish_reason=("stop" if ended else "length") if final else None,
+            )
+            if ended:
+                return
+
+    def reset(self) -> None:
+        """Forgets the sequence: the next token is the first one."""
+        with self._exclusive():
+            self._context.clear()
+
+    def memory_stats(self) -> MemoryStats:
+        """What the object keeps of its sequence, and where that stands. Waits for a micro-batch being computed."""
+        stats = self._context.stats()
+        return MemoryStats(
+            kv_bytes=stats.n_bytes,
+            n_cells=stats.n_cells,
+            n_cells_used=stats.n_cells_used,
+            n_past=stats.n_past,
+            n_evicted=stats.n_evicted,
+            sink_distance=None if stats.sink_distance < 0 else stats.sink_distance,
+            n_placements=stats.n_placements,
+            n_rebases=stats.n_rebases,
+            pos_physical=stats.pos_physical,
+            resident_bytes=resident_bytes(),
+        )
+
+    def close(self) -> None:
+        """Frees the model and the context, as soon as no other thread computes with them. Can be called again."""
+        if self._open is not None:
+            self._open[1].close()
+            self._open = None
+
+    def __enter__(self) -> Llama:
+        self._check_open()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _check_open(self) -> tuple[_core.Model, _core.Context]:
+        if self._open is None:
+            raise StateError("this Llama is closed")
+        return self._open
+
+    @property
+    def _model(self) -> _core.Model:
+        return self._check_open()[0]
+
+    @property
+    def _context(self) -> _core.Context:
+        return self._check_open()[1]
+
+    @contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        """Two threads that append to one sequence would mix their texts: refuse the second one."""
+        self._check_open()
+        if not self._computing.acquire(blocking=False):
+            raise StateError("this Llama is computing in another thread (or was called from a signal handler)")
+        try:
+            yield
+        finally:
+            self._computing.release()
+
+    def _check_room(self, n_tokens: int) -> None:
+        if self._n_ctx is not None and self.n_past + n_tokens > self._n_ctx:
+            raise ContextError(
+                f"the context is full: {self.n_past} of {self._n_ctx} positions are taken, {n_tokens} more are needed. "
+                "Pass lminf=LMInfConfig() for a text without end."
+            )
+
+    def _to_tokens(self, tokens: TokenSequence, allow_empty: bool = False) -> TokenArray:
+        return as_token_array(tokens, self._model.n_vocab, allow_empty=allow_empty)

@@ -1,0 +1,59 @@
+"""The typed records that `Llama` returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationStep:
+    """One generated token.
+
+    Attributes:
+        token: The token's id.
+        text: The text that has become complete with this token. A character that several tokens spell arrives with
+            the last of them; what is still incomplete at the end arrives as U+FFFD with the last step.
+        logprob: Natural-log probability of the token by the model alone, before penalties, temperature and truncation.
+        n_past: Position of the next token: the tokens that the sequence has seen, this one included unless it ended
+            the text.
+        tokens_per_second: Mean speed since the prompt was read.
+        finish_reason: None while the text goes on. "stop": this token is the model's end of generation; it is not
+            part of the text and was not appended to the sequence. "length": max_tokens are reached.
+    """
+
+    token: int
+    text: str
+    logprob: float
+    n_past: int
+    tokens_per_second: float
+    finish_reason: Literal["stop", "length"] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryStats:
+    """What a `Llama` keeps of its sequence.
+
+    Attributes:
+        kv_bytes: Bytes of all key and value cells and sink token originals, allocated once.
+        n_cells: Cells of the sequence: sink token copies and window ring, or the context length of plain llama.cpp.
+        n_cells_used: Cells that hold something now.
+        n_past: Position of the next token, which is the number of tokens seen.
+        n_evicted: Tokens that have left the window and are not sink tokens.
+        sink_distance: RoPE distance from the last token to the farthest sink token. None without sink tokens.
+        n_placements: Times that the sink tokens were placed for a block.
+        n_rebases: Times that positions were shifted back to keep RoPE's arithmetic exact.
+        pos_physical: Position of the next token as RoPE will see it.
+        resident_bytes: Memory of the whole process that is in RAM, mapped model files included.
+    """
+
+    kv_bytes: int
+    n_cells: int
+    n_cells_used: int
+    n_past: int
+    n_evicted: int
+    sink_distance: int | None
+    n_placements: int
+    n_rebases: int
+    pos_physical: int
+    resident_bytes: int

@@ -1,0 +1,68 @@
+"""What the machine offers and what this process uses of it."""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+
+def default_n_threads() -> int:
+    """Threads to compute with: the physical cores that this process may use.
+
+    Two hardware threads of one core share the arithmetic units that llama.cpp keeps busy, so they count as one.
+    """
+    if sys.platform == "darwin":
+        return _sysctl("hw.perflevel0.physicalcpu") or _sysctl("hw.physicalcpu") or os.cpu_count() or 1
+    usable = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    cores = {_core_of(cpu) for cpu in usable}
+    quota = _cgroup_cpus()
+    return max(1, len(cores) if quota is None else min(len(cores), quota))
+
+
+def resident_bytes() -> int:
+    """Memory of this process that is in RAM now, mapped model files included."""
+    statm = Path("/proc/self/statm")
+    if statm.exists():
+        return int(statm.read_text().split()[1]) * resource.getpagesize()
+    listing = subprocess.run(["ps", "-o", "rss=", "-p", str(os.getpid())], capture_output=True, text=True, check=True)
+    return int(listing.stdout) * 1024
+
+
+def anonymous_bytes() -> int:
+    """Memory of this process that is in RAM now and is no mapped file: what it allocated itself.
+
+    Where the system does not tell files apart this is `resident_bytes`.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("RssAnon:"):
+                return int(line.split()[1]) * 1024
+    return resident_bytes()
+
+
+def _core_of(cpu: int) -> str:
+    siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+    try:
+        return siblings.read_text().strip()
+    except OSError:
+        return str(cpu)
+
+
+def _cgroup_cpus() -> int | None:
+    """The container's CPU quota (control groups version 2), rounded up, if there is one."""
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return None if quota == "max" else -(-int(quota) // int(period))
+    except (OSError, ValueError):
+        return None
+
+
+def _sysctl(name: str) -> int | None:
+    try:
+        return int(subprocess.run(["sysctl", "-n", name], capture_output=True, text=True, check=True).stdout)
+    except (OSError, ValueError, subprocess.CalledProcessError):
+        return None
