@@ -12,10 +12,9 @@ import random
 from pathlib import Path
 
 import numpy as np
-from tables import markdown_table, open_model_path, text_tokens
 
 from lminf_edge import Llama, LMInfConfig
-
+from tables import markdown_table, open_model_path, text_tokens
 
 N_BEFORE = 2048  # tokens before the passkey: the window is full and the sink tokens are clamped
 

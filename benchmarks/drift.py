@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import argparse
 
-from tables import markdown_table, open_model_path, text_tokens
-
 from lminf_edge import Llama, LMInfConfig
 from lminf_edge.evaluation.streams import BucketedStream, read_stream
+from tables import markdown_table, open_model_path, text_tokens
 
 NO_CLAMP = 2**30
 

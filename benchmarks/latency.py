@@ -2,8 +2,8 @@
 
     python benchmarks/latency.py novel.txt
 
-Two contexts, one at position 2,500 and one at 30,000, decode in turns in one process: their ratio does not depend on what
-else the machine does. Prints the tables of docs/measurements.md; about fifteen minutes on two cores.
+Two contexts, one at position 2,500 and one at 30,000, decode in turns in one process: their ratio does not depend on
+what else the machine does. Prints the tables of docs/measurements.md; about fifteen minutes on two cores.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from tables import markdown_table, open_model_path, text_tokens
 
 from lminf_edge import Llama, LMInfConfig
+from tables import markdown_table, open_model_path, text_tokens
 
 
 class Decoded(NamedTuple):
@@ -108,7 +108,8 @@ def compare_positions(path: Path, tokens: list[int], cache_type: str, near: int,
 def measure_rebase(path: Path, tokens: list[int], cache_type: str, repetitions: int) -> list[str]:
     """One row: the token that waits for a rebase, relative to the median token around it."""
     stream = Stream(path, tokens, cache_type, n_rebase=1)  # as often as the engine allows
-    ratios, costs = [], []
+    ratios: list[float] = []
+    costs: list[float] = []
     # the first rebase, in steps: it tells at which physical position the next ones will come
     limit = 0
     while stream.llm.memory_stats().n_rebases == 0:

@@ -25,6 +25,9 @@ from lminf_edge.sampling import N_SEED_MAX, SamplingOptions
 from lminf_edge.system import default_n_threads, resident_bytes
 from lminf_edge.tokens import TokenArray, TokenSequence, as_token_array
 
+N_CTX_MAX = 2**24
+"""Longer plain contexts fill the machine's memory before llama.cpp finds out that they do not fit."""
+
 
 class Llama:
     """A GGUF model and one sequence of tokens that grows with every call.
@@ -96,7 +99,7 @@ class Llama:
             check_choice(name, cache_type, _core.cache_types())
         self._random = random.Random(check_optional_int("seed", seed, 0, N_SEED_MAX))
         context_options = {
-            "n_ctx": check_optional_int("n_ctx", n_ctx, 1) or 0,
+            "n_ctx": check_optional_int("n_ctx", n_ctx, 1, N_CTX_MAX) or 0,
             "n_batch": batch,
             "n_ubatch": ubatch,
             "n_seq_max": _n_seq_max,
@@ -183,7 +186,9 @@ class Llama:
         Returns:
             Token ids.
         """
-        data = text.encode() if isinstance(text, str) else bytes(text)
+        if not isinstance(text, str | bytes):
+            raise TypeError(f"text must be str or bytes, not {type(text).__name__}")
+        data = text.encode() if isinstance(text, str) else text
         return [int(token) for token in self._model.tokenize(data, add_bos, special)]
 
     def detokenize(self, tokens: TokenSequence, *, special: bool = False) -> str:

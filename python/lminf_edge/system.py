@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import mmap
 import os
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -26,7 +26,7 @@ def resident_bytes() -> int:
     """Memory of this process that is in RAM now, mapped model files included."""
     statm = Path("/proc/self/statm")
     if statm.exists():
-        return int(statm.read_text().split()[1]) * resource.getpagesize()
+        return int(statm.read_text().split()[1]) * mmap.PAGESIZE
     listing = subprocess.run(["ps", "-o", "rss=", "-p", str(os.getpid())], capture_output=True, text=True, check=True)
     return int(listing.stdout) * 1024
 

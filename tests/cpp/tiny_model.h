@@ -1,4 +1,4 @@
-// Writes a tiny random llama-architecture model, so that the memory can be tested without Python and without a download.
+// Writes a tiny random model, so that the memory can be tested without Python and without a download.
 
 #pragma once
 
@@ -12,6 +12,9 @@
 #include <vector>
 
 struct tiny_model_params {
+    std::string arch = "llama"; // or "qwen3": NeoX order, keys are normalised before RoPE
+    bool        yarn = false;
+
     uint32_t n_vocab     = 64;
     uint32_t n_embd      = 64;
     uint32_t n_layer     = 2;
@@ -28,17 +31,30 @@ inline void write_tiny_model(const std::string & path, const tiny_model_params &
     ggml_context * ctx  = ggml_init(iparams);
     gguf_context * gguf = gguf_init_empty();
 
-    gguf_set_val_str(gguf, "general.architecture",                   "llama");
-    gguf_set_val_u32(gguf, "llama.vocab_size",                       params.n_vocab);
-    gguf_set_val_u32(gguf, "llama.context_length",                   params.n_ctx_train);
-    gguf_set_val_u32(gguf, "llama.embedding_length",                 params.n_embd);
-    gguf_set_val_u32(gguf, "llama.block_count",                      params.n_layer);
-    gguf_set_val_u32(gguf, "llama.feed_forward_length",              params.n_ff);
-    gguf_set_val_u32(gguf, "llama.attention.head_count",             params.n_head);
-    gguf_set_val_u32(gguf, "llama.attention.head_count_kv",          params.n_head_kv);
-    gguf_set_val_u32(gguf, "llama.rope.dimension_count",             params.n_embd/params.n_head);
-    gguf_set_val_f32(gguf, "llama.attention.layer_norm_rms_epsilon", 1e-5f);
-    gguf_set_val_str(gguf, "tokenizer.ggml.model",                   "no_vocab");
+    const uint32_t n_embd_head = params.n_embd/params.n_head;
+
+    const auto key     = [&](const char * name) { return params.arch + "." + name; };
+    const auto set_u32 = [&](const char * name, uint32_t value) { gguf_set_val_u32(gguf, key(name).c_str(), value); };
+    const auto set_f32 = [&](const char * name, float    value) { gguf_set_val_f32(gguf, key(name).c_str(), value); };
+
+    gguf_set_val_str(gguf, "general.architecture", params.arch.c_str());
+    gguf_set_val_str(gguf, "tokenizer.ggml.model", "no_vocab");
+    set_u32("vocab_size",                       params.n_vocab);
+    set_u32("context_length",                   params.n_ctx_train);
+    set_u32("embedding_length",                 params.n_embd);
+    set_u32("block_count",                      params.n_layer);
+    set_u32("feed_forward_length",              params.n_ff);
+    set_u32("attention.head_count",             params.n_head);
+    set_u32("attention.head_count_kv",          params.n_head_kv);
+    set_u32("attention.key_length",             n_embd_head);
+    set_u32("attention.value_length",           n_embd_head);
+    set_u32("rope.dimension_count",             n_embd_head);
+    set_f32("attention.layer_norm_rms_epsilon", 1e-5f);
+    if (params.yarn) {
+        gguf_set_val_str(gguf, key("rope.scaling.type").c_str(), "yarn");
+        set_f32("rope.scaling.factor",                  4.0f);
+        set_u32("rope.scaling.original_context_length", params.n_ctx_train/4);
+    }
 
     std::mt19937                    generator(params.seed);
     std::normal_distribution<float> normal;
@@ -53,7 +69,7 @@ inline void write_tiny_model(const std::string & path, const tiny_model_params &
         gguf_add_tensor(gguf, t);
     };
 
-    const int64_t n_embd_kv = int64_t(params.n_embd)/params.n_head*params.n_head_kv;
+    const int64_t n_embd_kv = int64_t(n_embd_head)*params.n_head_kv;
 
     add("token_embd.weight", params.n_embd, params.n_vocab, 8.0f);
     for (uint32_t il = 0; il < params.n_layer; ++il) {
@@ -61,6 +77,10 @@ inline void write_tiny_model(const std::string & path, const tiny_model_params &
         add(blk + "attn_norm.weight",   params.n_embd, 0, 0.0f);
         add(blk + "attn_q.weight",      params.n_embd, params.n_embd, 2.0f); // sharp attention: a wrong position shows
         add(blk + "attn_k.weight",      params.n_embd, n_embd_kv, 2.0f);
+        if (params.arch == "qwen3") {
+            add(blk + "attn_q_norm.weight", n_embd_head, 0, 0.0f);
+            add(blk + "attn_k_norm.weight", n_embd_head, 0, 0.0f);
+        }
         add(blk + "attn_v.weight",      params.n_embd, n_embd_kv, 1.0f);
         add(blk + "attn_output.weight", params.n_embd, params.n_embd, 1.0f);
         add(blk + "ffn_norm.weight",    params.n_embd, 0, 0.0f);

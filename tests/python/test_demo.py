@@ -1,4 +1,4 @@
-"""The demo measures what it says, in few words for people and in JSON for machines, and ends with the right exit code."""
+"""The demo measures what it says, for people and in JSON for machines, and ends with the right exit code."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from lminf_edge.evaluation.comparison import Comparison
@@ -168,8 +169,6 @@ def comparison(*, beyond: float = 3.0, full_loss: float = 3.0, n_tokens: int = 4
 
 
 def piece(losses: list[float]) -> StreamPiece:
-    import numpy as np
-
     return StreamPiece(position=1, losses=np.array(losses, np.float32), n_read=len(losses) + 1, seconds=1.0)
 
 

@@ -144,6 +144,7 @@ def test_a_misspelt_parameter_is_a_type_error(head_32: TinyModel) -> None:
         ({"lminf": {"n_window": 32}}, "lminf"),
         ({"lminf": WINDOW, "n_ctx": 256}, "n_ctx = 256"),
         ({"n_ctx": 0}, "n_ctx = 0"),
+        ({"n_ctx": 2**30}, "n_ctx = 1073741824: must be from 1 to 16777216"),
         ({"n_ctx": "256"}, "n_ctx = '256'"),
         ({"n_batch": 0}, "n_batch = 0"),
         ({"n_batch": 16, "n_ubatch": 32}, r"n_ubatch = 32: must be at most n_batch \(16\)"),
@@ -177,11 +178,6 @@ def test_a_cache_type_that_does_not_divide_the_head_size_is_refused(tmp_path: Pa
             Llama(model.path, lminf=WINDOW, n_threads=1, **types)
         with pytest.raises(ContextError, match="block size 32"):
             Llama(model.path, n_threads=1, **types)
-
-
-def test_a_context_larger_than_memory_is_refused(head_32: TinyModel) -> None:
-    with pytest.raises(ContextError):
-        Llama(head_32.path, n_ctx=2**30, cache_type_k="f32", cache_type_v="f32")
 
 
 # --- calls

@@ -60,7 +60,12 @@ class TestFarStreams:
         losses = []
         for n_rebase in (1, 0):
             with Llama(
-                default_model_f32, lminf=WINDOW, n_ubatch=256, cache_type_k="q8_0", cache_type_v="q8_0", _n_rebase=n_rebase
+                default_model_f32,
+                lminf=WINDOW,
+                n_ubatch=256,
+                cache_type_k="q8_0",
+                cache_type_v="q8_0",
+                _n_rebase=n_rebase,
             ) as llm:
                 losses.append(-llm.logprobs(text).mean(dtype=np.float64))
                 assert (llm.memory_stats().n_rebases > 1) == (n_rebase == 1)

@@ -1,4 +1,4 @@
-"""Against the same llama.cpp without our patch: nothing changes with the feature off, nothing but rounding before it must."""
+"""Against the same llama.cpp without our patch: feature off, nothing changes; on, only rounding before it must."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from tiny_models import TinyModel, random_tokens
 
 N_TOKENS = 300
 PASSAGE = (
-    "The sea had been calm for three days, and the captain, who trusted nothing that lasted, walked from one end of the "
-    "deck to the other and looked at the sky. "
+    "The sea had been calm for three days, and the captain, who trusted nothing that lasted, walked from one end of "
+    "the deck to the other and looked at the sky. "
 )
 
 
