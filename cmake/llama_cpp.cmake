@@ -44,8 +44,8 @@ foreach (library llama ggml ggml-base ${GGML_AVAILABLE_BACKENDS})
     endif()
 endforeach()
 
-# ggml's AMX kernels die with SIGILL on virtual machines that announce AMX but lose its tile state; the other kernels of
-# such a processor are close in speed.
+# ggml's AMX kernels crash when GCC 12 optimises them: of the tile configuration that _tile_loadconfig() reads, stores are
+# dropped at -O3. The other kernels of such a processor are close in speed.
 option(LMINF_AMX "Use AMX where the compiler's target has it" OFF)
 if (NOT LMINF_AMX AND TARGET ggml-cpu AND CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64" AND NOT MSVC)
     include(CheckCXXCompilerFlag)

@@ -27,30 +27,36 @@ static llama_context_params to_llama(const context_options & options) {
 // What llama.cpp would answer with an abort of the process or a context of another shape.
 static void check_options(const context_options & options) {
     if (options.n_ubatch < 1 || options.n_ubatch > options.n_batch) {
-        throw error(error_type::config, "n_ubatch = " + std::to_string(options.n_ubatch) + ": must be at least 1 and at most n_batch (" +
-                                            std::to_string(options.n_batch) + ")");
+        throw error(error_type::config,
+            "n_ubatch = " + std::to_string(options.n_ubatch) + ": must be at least 1 and at most n_batch (" +
+                std::to_string(options.n_batch) + ")");
     }
     const size_t n_seq_limit = std::min<size_t>(llama_max_parallel_sequences(), options.n_batch);
     if (options.n_seq_max < 1 || options.n_seq_max > n_seq_limit) {
-        throw error(error_type::config, "n_seq_max = " + std::to_string(options.n_seq_max) + ": must be from 1 to " + std::to_string(n_seq_limit));
+        throw error(error_type::config,
+            "n_seq_max = " + std::to_string(options.n_seq_max) + ": must be from 1 to " + std::to_string(n_seq_limit));
     }
     if (ggml_is_quantized(options.cache_type_v) && options.flash_attn == LLAMA_FLASH_ATTN_TYPE_DISABLED) {
-        throw error(error_type::config, "cache_type_v = " + std::string(ggml_type_name(options.cache_type_v)) + ": a quantised V cache needs flash attention");
+        throw error(error_type::config,
+            "cache_type_v = " + std::string(ggml_type_name(options.cache_type_v)) +
+                ": a quantised V cache needs flash attention");
     }
 }
 
 static void throw_init_error(bool with_lminf, const log_scope & scope) {
     const std::string reason = lminf_last_error();
     switch (with_lminf ? lminf_last_status() : LMINF_STATUS_OK) {
-        case LMINF_STATUS_CONFIG:      throw error(error_type::config, reason);
+        case LMINF_STATUS_CONFIG: throw error(error_type::config, reason);
         case LMINF_STATUS_UNSUPPORTED: throw error(error_type::unsupported_model, reason);
-        case LMINF_STATUS_CONTEXT:     throw error(error_type::context, scope.explain(reason));
-        case LMINF_STATUS_OK:          break;
+        case LMINF_STATUS_CONTEXT: throw error(error_type::context, scope.explain(reason));
+        case LMINF_STATUS_OK: break;
     }
     throw error(error_type::context, scope.explain("llama.cpp could not make the context"));
 }
 
-Context::Context(std::shared_ptr<Model> model, const context_options & options) : model(std::move(model)), options(options) {
+Context::Context(std::shared_ptr<Model> model, const context_options & options) :
+    model(std::move(model)),
+    options(options) {
     check_options(options);
 
     llama_model *              llama  = this->model->ptr.get();
@@ -58,13 +64,15 @@ Context::Context(std::shared_ptr<Model> model, const context_options & options) 
     const log_scope            scope(this->model->verbose);
     {
         const py::gil_scoped_release released;
-        ptr.reset(options.lminf ? lminf_init_from_model(llama, params, *options.lminf) : llama_init_from_model(llama, params));
+        ptr.reset(options.lminf ? lminf_init_from_model(llama, params, *options.lminf)
+                                : llama_init_from_model(llama, params));
     }
     if (!ptr) {
         throw_init_error(options.lminf.has_value(), scope);
     }
     if (!llama_get_memory(ptr.get())) {
-        throw error(error_type::unsupported_model, "the model keeps no context: it is an encoder, and cannot read a stream");
+        throw error(
+            error_type::unsupported_model, "the model keeps no context: it is an encoder, and cannot read a stream");
     }
     last_n_past.reset(new std::atomic<int64_t>[options.n_seq_max] {});
     llama_set_abort_callback(
@@ -73,7 +81,8 @@ Context::Context(std::shared_ptr<Model> model, const context_options & options) 
 
 void Context::check_seq_id(llama_seq_id seq_id) const {
     if (seq_id < 0 || static_cast<uint32_t>(seq_id) >= options.n_seq_max) {
-        throw error(error_type::config, "seq_id = " + std::to_string(seq_id) + ": must be from 0 to " + std::to_string(options.n_seq_max - 1));
+        throw error(error_type::config,
+            "seq_id = " + std::to_string(seq_id) + ": must be from 0 to " + std::to_string(options.n_seq_max - 1));
     }
 }
 
@@ -116,15 +125,19 @@ Context::use::~use() {
 
 void Context::use::throw_decode_error(int32_t status, const std::string & reason) const {
     switch (status) {
-        case 1:  throw error(error_type::context, "the context is full (n_ctx = " + std::to_string(llama_n_ctx_seq(ctx())) + ")");
-        case 2:  throw error(error_type::state, "the computation was aborted");
+        case 1:
+            throw error(
+                error_type::context, "the context is full (n_ctx = " + std::to_string(llama_n_ctx_seq(ctx())) + ")");
+        case 2: throw error(error_type::state, "the computation was aborted");
         default: throw error(error_type::context, reason);
     }
 }
 
 void Context::use::decode(const llama_token * tokens, size_t n_tokens, bool all_logits) {
     if (n_tokens < 1 || n_tokens > llama_n_batch(ctx())) {
-        throw error(error_type::config, std::to_string(n_tokens) + " tokens: decode from 1 to " + std::to_string(llama_n_batch(ctx())) + " at once");
+        throw error(error_type::config,
+            std::to_string(n_tokens) + " tokens: decode from 1 to " + std::to_string(llama_n_batch(ctx())) +
+                " at once");
     }
     context.model->check_tokens(tokens, n_tokens);
 
@@ -133,7 +146,8 @@ void Context::use::decode(const llama_token * tokens, size_t n_tokens, bool all_
 
     forget_logits();
     context.interrupt.restart();
-    const int32_t status = lminf_decode(ctx(), seq_id, tokens, static_cast<int32_t>(n_tokens), all_logits ? output.data() : nullptr);
+    const int32_t status =
+        lminf_decode(ctx(), seq_id, tokens, static_cast<int32_t>(n_tokens), all_logits ? output.data() : nullptr);
     if (status == 0) {
         llama_synchronize(ctx());
         context.logits_of = seq_id;

@@ -32,7 +32,7 @@ struct context_deleter {
 };
 
 class Context {
-  public:
+public:
     Context(std::shared_ptr<Model> model, const context_options & options);
 
     const std::shared_ptr<Model> model; // outlives the llama_context
@@ -49,21 +49,22 @@ class Context {
     // Never waits: while another thread computes, the position before its micro-batch.
     int64_t n_past(llama_seq_id seq_id) const;
 
-  private:
+private:
     void check_seq_id(llama_seq_id seq_id) const;
 
     std::unique_ptr<llama_context, context_deleter> ptr;
     std::unique_ptr<std::atomic<int64_t>[]>         last_n_past; // of each sequence
     std::mutex                                      mutex;
     std::atomic<std::thread::id>                    owner{};
-    std::atomic<bool>                               closed{ false };
-    std::optional<llama_seq_id>                     logits_of; // the sequence that the logits belong to, if there are any
-    interrupt_check                                 interrupt;
+    std::atomic<bool>                               closed{false};
+    std::optional<llama_seq_id> logits_of; // the sequence that the logits belong to, if there are any
+    interrupt_check             interrupt;
 };
 
-// The context is this thread's, and the GIL is released, until the end of the scope. Throws error_type::state if it is closed.
+// The context is this thread's, and the GIL is released, until the end of the scope. Throws error_type::state if it is
+// closed.
 class Context::use {
-  public:
+public:
     use(Context & context, llama_seq_id seq_id);
     ~use();
 
@@ -82,7 +83,7 @@ class Context::use {
     // After anything else than decode() changed a sequence.
     void forget_logits() { context.logits_of.reset(); }
 
-  private:
+private:
     [[noreturn]] void throw_decode_error(int32_t status, const std::string & reason) const;
 
     Context &                                   context;

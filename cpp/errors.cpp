@@ -8,10 +8,10 @@ namespace lminf_python {
 
 static const char * class_name(error_type type) {
     switch (type) {
-        case error_type::config:            return "ConfigError";
-        case error_type::context:           return "ContextError";
-        case error_type::state:             return "StateError";
-        case error_type::model_load:        return "ModelLoadError";
+        case error_type::config: return "ConfigError";
+        case error_type::context: return "ContextError";
+        case error_type::state: return "StateError";
+        case error_type::model_load: return "ModelLoadError";
         case error_type::unsupported_model: return "UnsupportedModelError";
     }
     return "LMInfError";

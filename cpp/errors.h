@@ -16,7 +16,7 @@ enum class error_type {
 };
 
 class error : public std::runtime_error {
-  public:
+public:
     error(error_type type, const std::string & message) : std::runtime_error(message), type(type) {}
 
     const error_type type;

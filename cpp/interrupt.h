@@ -10,7 +10,7 @@
 namespace lminf_python {
 
 class interrupt_check {
-  public:
+public:
     // For a thread without the GIL, often: takes it at most every 50 ms. True: stop, an exception is waiting.
     bool poll() {
         if (raised) {
@@ -51,7 +51,7 @@ class interrupt_check {
         }
     }
 
-  private:
+private:
     using clock = std::chrono::steady_clock;
 
     static constexpr auto interval = std::chrono::milliseconds(50);

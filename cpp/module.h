@@ -1,4 +1,5 @@
-// The extension module lminf_edge._core: one register function per topic. It only translates between Python and the C API.
+// The extension module lminf_edge._core: one register function per topic. It only translates between Python and the C
+// API.
 
 #pragma once
 
@@ -7,7 +8,7 @@
 namespace lminf_python {
 
 void register_backend(pybind11::module_ & m);
-void register_model  (pybind11::module_ & m);
+void register_model(pybind11::module_ & m);
 void register_context(pybind11::module_ & m);
 void register_sampler(pybind11::module_ & m);
 

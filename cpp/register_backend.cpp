@@ -33,7 +33,8 @@ static void init_backends(const std::string & lib_path) {
 void register_backend(py::module_ & m) {
     install_log_callback();
 
-    m.def("init_backends", &init_backends, py::arg("lib_path"), "Loads ggml's backends from a folder if none is linked in.");
+    m.def("init_backends", &init_backends, py::arg("lib_path"),
+        "Loads ggml's backends from a folder if none is linked in.");
     m.def("devices", &devices, "Name and description of each device that ggml can compute on.");
     m.def("llama_cpp_version", &llama_version, "Version of the llama.cpp source.");
     m.def("supports_gpu_offload", &llama_supports_gpu_offload);

@@ -17,9 +17,15 @@ using float_array = py::array_t<float, py::array::c_style>;
 // The types that llama.cpp's K and V cache can have.
 static const std::map<std::string, ggml_type> & cache_types() {
     static const std::map<std::string, ggml_type> types = {
-        { "f32", GGML_TYPE_F32 },       { "f16", GGML_TYPE_F16 },   { "bf16", GGML_TYPE_BF16 },
-        { "q8_0", GGML_TYPE_Q8_0 },     { "q4_0", GGML_TYPE_Q4_0 }, { "q4_1", GGML_TYPE_Q4_1 },
-        { "iq4_nl", GGML_TYPE_IQ4_NL }, { "q5_0", GGML_TYPE_Q5_0 }, { "q5_1", GGML_TYPE_Q5_1 },
+        {"f32", GGML_TYPE_F32},
+        {"f16", GGML_TYPE_F16},
+        {"bf16", GGML_TYPE_BF16},
+        {"q8_0", GGML_TYPE_Q8_0},
+        {"q4_0", GGML_TYPE_Q4_0},
+        {"q4_1", GGML_TYPE_Q4_1},
+        {"iq4_nl", GGML_TYPE_IQ4_NL},
+        {"q5_0", GGML_TYPE_Q5_0},
+        {"q5_1", GGML_TYPE_Q5_1},
     };
     return types;
 }
@@ -33,20 +39,14 @@ static ggml_type cache_type(const char * option, const std::string & name) {
 }
 
 static llama_flash_attn_type flash_attn_type(std::optional<bool> enabled) {
-    return !enabled ? LLAMA_FLASH_ATTN_TYPE_AUTO : *enabled ? LLAMA_FLASH_ATTN_TYPE_ENABLED : LLAMA_FLASH_ATTN_TYPE_DISABLED;
+    return !enabled ? LLAMA_FLASH_ATTN_TYPE_AUTO
+        : *enabled  ? LLAMA_FLASH_ATTN_TYPE_ENABLED
+                    : LLAMA_FLASH_ATTN_TYPE_DISABLED;
 }
 
-static std::unique_ptr<Context> make_context(std::shared_ptr<Model>      model,
-                                             std::optional<lminf_params> lminf,
-                                             uint32_t                    n_ctx,
-                                             uint32_t                    n_batch,
-                                             uint32_t                    n_ubatch,
-                                             uint32_t                    n_seq_max,
-                                             int32_t                     n_threads,
-                                             int32_t                     n_threads_batch,
-                                             std::optional<bool>         flash_attn,
-                                             const std::string &         cache_type_k,
-                                             const std::string &         cache_type_v) {
+static std::unique_ptr<Context> make_context(std::shared_ptr<Model> model, std::optional<lminf_params> lminf,
+    uint32_t n_ctx, uint32_t n_batch, uint32_t n_ubatch, uint32_t n_seq_max, int32_t n_threads, int32_t n_threads_batch,
+    std::optional<bool> flash_attn, const std::string & cache_type_k, const std::string & cache_type_v) {
     context_options options;
     options.lminf           = lminf;
     options.n_ctx           = n_ctx;
@@ -77,7 +77,8 @@ static void eval(Context & context, const token_array & tokens, float_array & ou
     std::memcpy(dst, llama_get_logits(held.ctx()), out.nbytes());
 }
 
-static void score(Context & context, const token_array & tokens, const token_array & targets, float_array & out, llama_seq_id seq_id) {
+static void score(Context & context, const token_array & tokens, const token_array & targets, float_array & out,
+    llama_seq_id seq_id) {
     if (targets.size() > tokens.size() || out.size() != targets.size()) {
         throw error(error_type::config, "out and targets must have the same size, at most that of tokens");
     }
@@ -120,8 +121,9 @@ static uint64_t plain_bytes(const Context & context, const llama_context * ctx) 
 
     const int64_t n_head_kv = llama_model_n_head_kv(model);
     const int64_t n_row     = n_head_kv * (llama_model_n_embd(model) / std::max(1, llama_model_n_head(model)));
-    const size_t  n_cell    = ggml_row_size(context.options.cache_type_k, n_row) + ggml_row_size(context.options.cache_type_v, n_row);
-    return uint64_t{ llama_n_ctx(ctx) } * llama_model_n_layer(model) * n_cell;
+    const size_t  n_cell =
+        ggml_row_size(context.options.cache_type_k, n_row) + ggml_row_size(context.options.cache_type_v, n_row);
+    return uint64_t{llama_n_ctx(ctx)} * llama_model_n_layer(model) * n_cell;
 }
 
 static lminf_stats stats(Context & context, llama_seq_id seq_id) {
@@ -164,7 +166,7 @@ template <typename F> static std::optional<py::bytes> copied_bytes(Context & con
     std::string buffer;
     {
         const Context::use held(context, seq_id);
-        buffer.resize(size_t{ 1 } << 16);
+        buffer.resize(size_t{1} << 16);
         buffer.resize(f(held.ctx(), buffer.data(), buffer.size()));
     }
     return buffer.empty() ? std::nullopt : std::optional(py::bytes(buffer));
@@ -182,7 +184,8 @@ static std::optional<py::bytes> test_get_sink_original(Context & context, int32_
     });
 }
 
-static lminf_params make_params(uint32_t n_sink, uint32_t n_window, uint32_t n_clamp, uint32_t n_block, uint32_t n_rollback, uint32_t n_rebase, bool kept) {
+static lminf_params make_params(uint32_t n_sink, uint32_t n_window, uint32_t n_clamp, uint32_t n_block,
+    uint32_t n_rollback, uint32_t n_rebase, bool kept) {
     lminf_params params = lminf_default_params();
     params.n_sink       = n_sink;
     params.n_window     = n_window;
@@ -196,15 +199,16 @@ static lminf_params make_params(uint32_t n_sink, uint32_t n_window, uint32_t n_c
 
 static void register_params(py::module_ & m) {
     py::class_<lminf_params>(m, "Params")
-        .def(py::init(&make_params), py::kw_only(), py::arg("n_sink"), py::arg("n_window"), py::arg("n_clamp"), py::arg("n_block"),
-             py::arg("n_rollback"), py::arg("n_rebase"), py::arg("kept"))
+        .def(py::init(&make_params), py::kw_only(), py::arg("n_sink"), py::arg("n_window"), py::arg("n_clamp"),
+            py::arg("n_block"), py::arg("n_rollback"), py::arg("n_rebase"), py::arg("kept"))
         .def_readonly("n_sink", &lminf_params::n_sink)
         .def_readonly("n_window", &lminf_params::n_window)
         .def_readonly("n_clamp", &lminf_params::n_clamp)
         .def_readonly("n_block", &lminf_params::n_block)
         .def_readonly("n_rollback", &lminf_params::n_rollback)
         .def_readonly("n_rebase", &lminf_params::n_rebase)
-        .def_property_readonly("kept", [](const lminf_params & params) { return params.sink_order == LMINF_SINK_ORDER_KEPT; });
+        .def_property_readonly(
+            "kept", [](const lminf_params & params) { return params.sink_order == LMINF_SINK_ORDER_KEPT; });
 }
 
 static void register_stats(py::module_ & m) {
@@ -238,10 +242,10 @@ void register_context(py::module_ & m) {
     const auto seq_id = py::arg("seq_id") = 0;
 
     py::class_<Context>(m, "Context")
-        .def(py::init(&make_context), py::arg("model"), py::kw_only(), py::arg("lminf") = py::none(), py::arg("n_ctx") = 0,
-             py::arg("n_batch") = 2048, py::arg("n_ubatch") = 512, py::arg("n_seq_max") = 1, py::arg("n_threads") = 1,
-             py::arg("n_threads_batch") = 1, py::arg("flash_attn") = py::none(), py::arg("cache_type_k") = "f16",
-             py::arg("cache_type_v") = "f16")
+        .def(py::init(&make_context), py::arg("model"), py::kw_only(), py::arg("lminf") = py::none(),
+            py::arg("n_ctx") = 0, py::arg("n_batch") = 2048, py::arg("n_ubatch") = 512, py::arg("n_seq_max") = 1,
+            py::arg("n_threads") = 1, py::arg("n_threads_batch") = 1, py::arg("flash_attn") = py::none(),
+            py::arg("cache_type_k") = "f16", py::arg("cache_type_v") = "f16")
         .def("close", &Context::close)
         .def_property_readonly("closed", &Context::is_closed)
         .def_property_readonly("n_ctx", with_ctx(llama_n_ctx_seq))

@@ -17,8 +17,9 @@ namespace lminf_python {
 void Model::check_tokens(const llama_token * tokens, size_t n) const {
     for (size_t i = 0; i < n; i++) {
         if (tokens[i] < 0 || tokens[i] >= n_vocab()) {
-            throw error(error_type::config, "token " + std::to_string(tokens[i]) + " at index " + std::to_string(i) +
-                                                " is outside the vocabulary (0 to " + std::to_string(n_vocab() - 1) + ")");
+            throw error(error_type::config,
+                "token " + std::to_string(tokens[i]) + " at index " + std::to_string(i) +
+                    " is outside the vocabulary (0 to " + std::to_string(n_vocab() - 1) + ")");
         }
     }
 }
@@ -32,7 +33,7 @@ static void require_tokenizer(const Model & model) {
 
 static bool is_unsupported(const std::string & reason) {
     return reason.find("unknown model architecture") != std::string::npos ||
-           reason.find("unknown pre-tokenizer type") != std::string::npos;
+        reason.find("unknown pre-tokenizer type") != std::string::npos;
 }
 
 struct load_progress {
@@ -48,13 +49,8 @@ static bool on_load_progress(float fraction, void * data) {
     return !progress->check.poll();
 }
 
-static std::shared_ptr<Model> load_model(const std::string & path,
-                                         int32_t             n_gpu_layers,
-                                         bool                use_mmap,
-                                         bool                use_mlock,
-                                         bool                vocab_only,
-                                         bool                verbose,
-                                         const py::object &  progress) {
+static std::shared_ptr<Model> load_model(const std::string & path, int32_t n_gpu_layers, bool use_mmap, bool use_mlock,
+    bool vocab_only, bool verbose, const py::object & progress) {
     load_progress state;
     state.callable = progress;
 
@@ -86,14 +82,16 @@ static std::shared_ptr<Model> load_model(const std::string & path,
 static token_array tokenize(const Model & model, const std::string & text, bool add_special, bool parse_special) {
     require_tokenizer(model);
     if (text.size() > static_cast<size_t>(std::numeric_limits<int32_t>::max()) - 16) {
-        throw error(error_type::config, "text of " + std::to_string(text.size()) + " bytes: tokenize at most 2 GiB at once");
+        throw error(
+            error_type::config, "text of " + std::to_string(text.size()) + " bytes: tokenize at most 2 GiB at once");
     }
     std::vector<llama_token> tokens(text.size() + 16);
     {
         const py::gil_scoped_release released;
         const auto                   size = static_cast<int32_t>(text.size());
 
-        int32_t n = llama_tokenize(model.vocab, text.data(), size, tokens.data(), static_cast<int32_t>(tokens.size()), add_special, parse_special);
+        int32_t n = llama_tokenize(model.vocab, text.data(), size, tokens.data(), static_cast<int32_t>(tokens.size()),
+            add_special, parse_special);
         if (n < 0 && n != std::numeric_limits<int32_t>::min()) {
             tokens.resize(-n);
             n = llama_tokenize(model.vocab, text.data(), size, tokens.data(), -n, add_special, parse_special);
@@ -106,15 +104,16 @@ static token_array tokenize(const Model & model, const std::string & text, bool 
     return token_array(static_cast<py::ssize_t>(tokens.size()), tokens.data());
 }
 
-static py::bytes detokenize(const Model & model, const token_array & tokens, bool remove_special, bool unparse_special) {
+static py::bytes detokenize(
+    const Model & model, const token_array & tokens, bool remove_special, bool unparse_special) {
     require_tokenizer(model);
     model.check_tokens(tokens.data(), tokens.size());
     std::string text(tokens.size() * 8 + 16, '\0');
 
     const auto n_tokens = static_cast<int32_t>(tokens.size());
     const auto convert  = [&] {
-        return llama_detokenize(
-            model.vocab, tokens.data(), n_tokens, text.data(), static_cast<int32_t>(text.size()), remove_special, unparse_special);
+        return llama_detokenize(model.vocab, tokens.data(), n_tokens, text.data(), static_cast<int32_t>(text.size()),
+            remove_special, unparse_special);
     };
     int32_t n = convert();
     if (n < 0) {
@@ -156,15 +155,18 @@ template <typename F> static std::string read_string(F && f) {
 }
 
 static py::str lenient_str(const std::string & text) {
-    return py::reinterpret_steal<py::str>(PyUnicode_DecodeUTF8(text.data(), static_cast<py::ssize_t>(text.size()), "replace"));
+    return py::reinterpret_steal<py::str>(
+        PyUnicode_DecodeUTF8(text.data(), static_cast<py::ssize_t>(text.size()), "replace"));
 }
 
 static py::dict metadata(const Model & model) {
     const llama_model * ptr = model.ptr.get();
     py::dict            result;
     for (int32_t i = 0; i < llama_model_meta_count(ptr); i++) {
-        const auto key = read_string([&](char * buf, size_t size) { return llama_model_meta_key_by_index(ptr, i, buf, size); });
-        const auto val = read_string([&](char * buf, size_t size) { return llama_model_meta_val_str_by_index(ptr, i, buf, size); });
+        const auto key =
+            read_string([&](char * buf, size_t size) { return llama_model_meta_key_by_index(ptr, i, buf, size); });
+        const auto val =
+            read_string([&](char * buf, size_t size) { return llama_model_meta_val_str_by_index(ptr, i, buf, size); });
         result[lenient_str(key)] = lenient_str(val);
     }
     return result;
@@ -176,7 +178,8 @@ static py::object chat_template(const Model & model) {
 }
 
 static py::str description(const Model & model) {
-    return lenient_str(read_string([&](char * buf, size_t size) { return llama_model_desc(model.ptr.get(), buf, size); }));
+    return lenient_str(
+        read_string([&](char * buf, size_t size) { return llama_model_desc(model.ptr.get(), buf, size); }));
 }
 
 void register_model(py::module_ & m) {
@@ -185,13 +188,12 @@ void register_model(py::module_ & m) {
     const auto of_model = [](auto f) {
         return [f](const Model & model) { return f(static_cast<model_ptr>(model.ptr.get())); };
     };
-    const auto of_vocab = [](auto f) {
-        return [f](const Model & model) { return f(model.vocab); };
-    };
+    const auto of_vocab = [](auto f) { return [f](const Model & model) { return f(model.vocab); }; };
 
     py::class_<Model, std::shared_ptr<Model>>(m, "Model")
-        .def(py::init(&load_model), py::arg("path"), py::kw_only(), py::arg("n_gpu_layers") = 0, py::arg("use_mmap") = true,
-             py::arg("use_mlock") = false, py::arg("vocab_only") = false, py::arg("verbose") = false, py::arg("progress") = py::none())
+        .def(py::init(&load_model), py::arg("path"), py::kw_only(), py::arg("n_gpu_layers") = 0,
+            py::arg("use_mmap") = true, py::arg("use_mlock") = false, py::arg("vocab_only") = false,
+            py::arg("verbose") = false, py::arg("progress") = py::none())
         .def_readonly("path", &Model::path)
         .def_property_readonly("n_vocab", &Model::n_vocab)
         .def_property_readonly("n_ctx_train", of_model(llama_model_n_ctx_train))
@@ -210,17 +212,20 @@ void register_model(py::module_ & m) {
         .def_property_readonly("bos", of_vocab(llama_vocab_bos))
         .def_property_readonly("eos", of_vocab(llama_vocab_eos))
         .def_property_readonly("add_bos", of_vocab(llama_vocab_get_add_bos))
-        .def("is_eog",
-             [](const Model & model, llama_token token) {
-                 model.check_tokens(&token, 1);
-                 return llama_vocab_is_eog(model.vocab, token);
-             },
-             py::arg("token"))
-        .def("check_tokens",
-             [](const Model & model, const token_array & tokens) { model.check_tokens(tokens.data(), tokens.size()); },
-             py::arg("tokens").noconvert())
+        .def(
+            "is_eog",
+            [](const Model & model, llama_token token) {
+                model.check_tokens(&token, 1);
+                return llama_vocab_is_eog(model.vocab, token);
+            },
+            py::arg("token"))
+        .def(
+            "check_tokens",
+            [](const Model & model, const token_array & tokens) { model.check_tokens(tokens.data(), tokens.size()); },
+            py::arg("tokens").noconvert())
         .def("tokenize", &tokenize, py::arg("text"), py::arg("add_special"), py::arg("parse_special"))
-        .def("detokenize", &detokenize, py::arg("tokens").noconvert(), py::arg("remove_special"), py::arg("unparse_special"))
+        .def("detokenize", &detokenize, py::arg("tokens").noconvert(), py::arg("remove_special"),
+            py::arg("unparse_special"))
         .def("token_to_piece", &token_to_piece, py::arg("token"), py::arg("special"));
 }
 

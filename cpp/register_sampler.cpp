@@ -15,17 +15,9 @@ struct sampler_deleter {
 
 // llama.cpp's samplers in llama.cpp's order: penalties, top-k, top-p, min-p, temperature, draw.
 class Sampler {
-  public:
-    Sampler(std::shared_ptr<Model> model,
-            uint32_t               seed,
-            float                  temperature,
-            int32_t                top_k,
-            float                  top_p,
-            float                  min_p,
-            float                  repeat_penalty,
-            float                  frequency_penalty,
-            float                  presence_penalty,
-            int32_t                penalty_last_n) :
+public:
+    Sampler(std::shared_ptr<Model> model, uint32_t seed, float temperature, int32_t top_k, float top_p, float min_p,
+        float repeat_penalty, float frequency_penalty, float presence_penalty, int32_t penalty_last_n) :
         model(std::move(model)),
         chain(llama_sampler_chain_init(llama_sampler_chain_default_params())) {
         add(llama_sampler_init_penalties(
@@ -64,10 +56,10 @@ class Sampler {
             }
         }
         const llama_token token = llama_sampler_sample(chain.get(), held.ctx(), -1);
-        return { token, logprob(logits, n_vocab, token) };
+        return {token, logprob(logits, n_vocab, token)};
     }
 
-  private:
+private:
     void add(llama_sampler * sampler) {
         if (!sampler) {
             throw error(error_type::config, "llama.cpp refused the sampling options");
@@ -81,9 +73,10 @@ class Sampler {
 
 void register_sampler(py::module_ & m) {
     py::class_<Sampler>(m, "Sampler")
-        .def(py::init<std::shared_ptr<Model>, uint32_t, float, int32_t, float, float, float, float, float, int32_t>(), py::arg("model"),
-             py::kw_only(), py::arg("seed"), py::arg("temperature"), py::arg("top_k"), py::arg("top_p"), py::arg("min_p"),
-             py::arg("repeat_penalty"), py::arg("frequency_penalty"), py::arg("presence_penalty"), py::arg("penalty_last_n"))
+        .def(py::init<std::shared_ptr<Model>, uint32_t, float, int32_t, float, float, float, float, float, int32_t>(),
+            py::arg("model"), py::kw_only(), py::arg("seed"), py::arg("temperature"), py::arg("top_k"),
+            py::arg("top_p"), py::arg("min_p"), py::arg("repeat_penalty"), py::arg("frequency_penalty"),
+            py::arg("presence_penalty"), py::arg("penalty_last_n"))
         .def("accept", &Sampler::accept, py::arg("tokens").noconvert())
         .def("sample", &Sampler::sample, py::arg("context"), py::arg("seq_id") = 0);
 }

@@ -31,17 +31,12 @@ def resident_bytes() -> int:
     return int(listing.stdout) * 1024
 
 
-def anonymous_bytes() -> int:
-    """Memory of this process that is in RAM now and is no mapped file: what it allocated itself.
-
-    Where the system does not tell files apart this is `resident_bytes`.
-    """
-    status = Path("/proc/self/status")
-    if status.exists():
-        for line in status.read_text().splitlines():
-            if line.startswith("RssAnon:"):
-                return int(line.split()[1]) * 1024
-    return resident_bytes()
+def human_bytes(n_bytes: int) -> str:
+    """A number of bytes to read: 47.2 MB."""
+    units = ("kB", "MB", "GB", "TB")
+    power = next((i for i in range(1, len(units)) if n_bytes < 999.5 * 1000**i), len(units))
+    value = n_bytes / 1000**power
+    return f"{value:.0f} {units[power - 1]}" if value >= 99.95 else f"{value:.1f} {units[power - 1]}"
 
 
 def _core_of(cpu: int) -> str:

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import signal
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -322,124 +318,6 @@ def test_a_with_block_closes(head_32: TinyModel) -> None:
         llm.eval([5])
     with pytest.raises(StateError):
         llm.eval([5])
-
-
-# --- threads and signals
-
-
-class Evaluation(threading.Thread):
-    """Reads many tokens in another thread."""
-
-    def __init__(self, llm: Llama) -> None:
-        super().__init__()
-        self.llm = llm
-        self.error: Exception | None = None
-
-    def run(self) -> None:
-        try:
-            self.llm.logprobs([5] * 3000)
-        except StateError as error:
-            self.error = error
-
-    def wait_until_computing(self) -> None:
-        while self.is_alive() and self.llm.n_past == 0:
-            time.sleep(0.001)
-
-
-def test_python_goes_on_while_a_model_computes(real: Llama) -> None:
-    tokens = [5] * 128
-    start = time.perf_counter()
-    ticks: list[float] = []
-    stop = threading.Event()
-
-    def tick() -> None:
-        while not stop.wait(0.001):
-            ticks.append(time.perf_counter())
-
-    ticker = threading.Thread(target=tick)
-    ticker.start()
-    real.eval(tokens)
-    stop.set()
-    ticker.join()
-    pauses = np.diff([start, *ticks, time.perf_counter()])
-    assert len(ticks) > 20
-    assert pauses.max() < 0.5 * pauses.sum()
-
-
-def test_a_second_thread_is_refused_and_can_still_watch(head_64: TinyModel) -> None:
-    with Llama(head_64.path, lminf=WINDOW, n_ubatch=4, n_threads=1) as llm:
-        thread = Evaluation(llm)
-        thread.start()
-        thread.wait_until_computing()
-        with pytest.raises(StateError, match="another thread"):
-            for _ in range(100):
-                llm.eval([5])
-        positions = [llm.n_past for _ in range(100)]
-        assert positions == sorted(positions)
-        assert llm.memory_stats().n_past >= positions[0]
-        thread.join()
-        assert thread.error is None
-        assert llm.n_past == 3000
-
-
-def test_closing_waits_for_the_micro_batch_of_another_thread(head_64: TinyModel) -> None:
-    llm = Llama(head_64.path, lminf=WINDOW, n_ubatch=4, n_threads=1)
-    thread = Evaluation(llm)
-    thread.start()
-    thread.wait_until_computing()
-    llm.close()
-    thread.join()
-    assert isinstance(thread.error, StateError)
-
-
-def test_a_signal_handler_that_uses_the_busy_object_gets_an_error(real: Llama) -> None:
-    errors: list[StateError] = []
-
-    def handler(number: int, frame: FrameType | None) -> None:
-        for call in (real.reset, lambda: real.eval([5]), real.memory_stats):
-            try:
-                call()
-            except StateError as error:
-                errors.append(error)
-
-    previous = signal.signal(signal.SIGALRM, handler)
-    signal.setitimer(signal.ITIMER_REAL, 0.2)
-    try:
-        while not errors:
-            real.eval([5] * 64)
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous)
-    assert len(errors) == 3
-    assert real.n_past % 64 == 0
-
-
-def test_an_exception_in_a_signal_handler_stops_a_micro_batch_and_leaves_no_trace(real: Llama) -> None:
-    class AlarmError(Exception):
-        pass
-
-    def handler(number: int, frame: FrameType | None) -> None:
-        raise AlarmError
-
-    tokens = real.tokenize("The cat sat on the mat, and the dog lay by the door. " * 40)[:512]
-    expected = real.logprobs(tokens[:300])
-    real.reset()
-    np.testing.assert_array_equal(real.logprobs(tokens[:64]), expected[:63])
-    previous = signal.signal(signal.SIGALRM, handler)
-    signal.setitimer(signal.ITIMER_REAL, 0.15)
-    try:
-        with pytest.raises(AlarmError):
-            while True:
-                real.eval(tokens[64:])
-                real.reset()
-                real.eval(tokens[:64])
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous)
-    if real.n_past == 0:  # the alarm went off between two calls
-        pytest.skip("the signal came too late")
-    assert real.n_past == 64
-    np.testing.assert_allclose(real.logprobs(tokens[64:300]), expected[64:], atol=2e-2)
 
 
 # --- loading and library

@@ -42,9 +42,7 @@ def our_logits(
         return llm.eval(tokens)
 
 
-def their_logits(
-    model: Path | str, tokens: list[int], *, cache_type: str, flash_attn: bool
-) -> npt.NDArray[np.float32]:
+def their_logits(model: Path | str, tokens: list[int], *, cache_type: str, flash_attn: bool) -> npt.NDArray[np.float32]:
     # like ours, which hands out the logits of one micro-batch at a time
     return stock_logits(
         model, tokens, n_ctx=512, n_batch=64, n_ubatch=64, type_k=cache_type, type_v=cache_type, flash_attn=flash_attn

@@ -9,11 +9,11 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from lminf_edge.cli._terminal import human_bytes
 from lminf_edge.evaluation.comparison import Comparison, Reading
 from lminf_edge.evaluation.reader import ReaderOptions, ReaderStatus
 from lminf_edge.evaluation.streams import Bucket
 from lminf_edge.records import GenerationStep
+from lminf_edge.system import human_bytes
 
 
 class DemoScreen:

@@ -59,14 +59,6 @@ def find_model(spec: str | None) -> Path:
         return resolve_model(spec, progress)
 
 
-def human_bytes(n_bytes: int) -> str:
-    """A number of bytes to read: 47.2 MB."""
-    units = ("kB", "MB", "GB", "TB")
-    power = next((i for i in range(1, len(units)) if n_bytes < 999.5 * 1000**i), len(units))
-    value = n_bytes / 1000**power
-    return f"{value:.0f} {units[power - 1]}" if value >= 99.95 else f"{value:.1f} {units[power - 1]}"
-
-
 @contextmanager
 def _download_bar(name: str) -> Iterator[Callable[[int, int], None]]:
     columns = (

@@ -74,8 +74,10 @@ def _compare(tokens: list[int], n_story: int, options: ReaderOptions, comparison
             with StreamReader(plain) as full:
                 for _ in _read(full, tokens, comparison.full):
                     screen.update()
-        steps = endless.write(STORY_BEGINNING, n_story, temperature=0.7, seed=1) if n_story else iter(())
-        written = list(screen.show_story(STORY_BEGINNING, steps))
+        written = []
+        if n_story:
+            steps = endless.write(STORY_BEGINNING, n_story, temperature=0.8, repeat_penalty=1.15, seed=1)
+            written = list(screen.show_story(STORY_BEGINNING, steps))
     screen.show_conclusion()
     if as_json:
         print(json.dumps(_to_json(options, endless, comparison, written), indent=2))

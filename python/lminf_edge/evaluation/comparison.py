@@ -7,6 +7,7 @@ from typing import Any
 
 from lminf_edge.evaluation.reader import ReaderStatus
 from lminf_edge.evaluation.streams import BucketedStream
+from lminf_edge.system import human_bytes
 
 RISE = 0.25
 """Nats per token. A model that leaves the range it was trained for loses several; parts of one text differ by less."""
@@ -40,6 +41,12 @@ class Reading:
     def context_is_full(self) -> bool:
         """Whether no further token fits."""
         return self.n_ctx is not None and self.stream.n_read >= self.n_ctx
+
+    def final_speed(self) -> float:
+        """Tokens per second in the last bucket that is at least half full."""
+        buckets = self.stream.buckets()
+        whole = [bucket for bucket in buckets if 2 * bucket.n_tokens >= bucket.end - bucket.begin]
+        return (whole or buckets)[-1].tokens_per_second if buckets else 0.0
 
     def to_json(self) -> dict[str, Any]:
         """The measured numbers."""
@@ -77,31 +84,34 @@ class Comparison:
 
     def conclusion(self) -> str:
         """One sentence that says what was measured, whether it is what was hoped for or not."""
-        return f"{self._how_far()}, {self._how_well()}; {self._at_what_cost()}."
+        return f"{self._how_far()}; LM-Infinite (full attention) {self._how_well()}, {self._at_what_cost()}."
 
     def _how_far(self) -> str:
-        read = f"With LM-Infinite the model read all {self.endless.stream.n_read:,} tokens"
-        if self.full.context_is_full and self.full.stream.n_read < self.n_tokens:
-            return f"{read}, with full attention it stopped at {self.full.stream.n_read:,} because its context was full"
-        return f"{read}, and so it did with full attention"
+        n_full = self.full.stream.n_read
+        if self.full.context_is_full and n_full < self.n_tokens:
+            stopped = f"full attention stopped at {n_full:,} with its context full"
+            return f"LM-Infinite read all {self.n_tokens:,} tokens, {stopped}"
+        return f"LM-Infinite and full attention both read all {self.n_tokens:,} tokens"
 
     def _how_well(self) -> str:
         n_both = self.full.stream.n_read
         here, there = self.endless.stream.mean_loss(0, n_both), self.full.stream.mean_loss(0, n_both)
         if here is None or there is None:
-            return "and nothing was scored"
-        common = f"its loss over the {n_both:,} tokens that both read is {here:.2f} (full attention: {there:.2f})"
-        beyond = self.endless.stream.mean_loss(self.n_ctx_train, self.n_tokens)
+            return "scored nothing"
+        common = f"had a loss of {here:.2f} ({there:.2f}) where both read"
         within = self.endless.stream.mean_loss(0, self.n_ctx_train)
+        beyond = self.endless.stream.mean_loss(self.n_ctx_train, self.n_tokens)
         if beyond is None or within is None:
             return common
-        trained = f"beyond the {self.n_ctx_train:,} tokens it was trained on"
         if beyond > within + RISE:
-            return f"{common}, but it rises from {within:.2f} to {beyond:.2f} {trained}"
-        return f"{common}, and {beyond:.2f} {trained}"
+            return (
+                f"{common}, which rose from {within:.2f} to {beyond:.2f} beyond the trained {self.n_ctx_train:,} tokens"
+            )
+        return f"{common} and {beyond:.2f} beyond the trained {self.n_ctx_train:,} tokens"
 
     def _at_what_cost(self) -> str:
-        ratio = self.full.kv_bytes / max(1, self.endless.kv_bytes)
-        memory = f"{ratio:.1f} times less memory than" if ratio >= 1 else f"{1 / ratio:.1f} times more memory than"
-        speed = self.endless.stream.tokens_per_second / max(1e-9, self.full.stream.tokens_per_second)
-        return f"its keys and values took {memory} those of full attention, and it read {speed:.1f} times as fast"
+        endless, full = self.endless, self.full
+        return (
+            f"held {human_bytes(endless.kv_bytes)} ({human_bytes(full.kv_bytes)}) of keys and values, "
+            f"and read {endless.final_speed():.0f} ({full.final_speed():.0f}) tokens/s at the end"
+        )

@@ -76,6 +76,7 @@ class _Write:
     prompt: str
     n_tokens: int
     temperature: float
+    repeat_penalty: float
     seed: int
 
 
@@ -118,13 +119,15 @@ class StreamReader:
             self.status = status
             yield status
 
-    def write(self, prompt: str, n_tokens: int, *, temperature: float, seed: int) -> Iterator[GenerationStep]:
+    def write(
+        self, prompt: str, n_tokens: int, *, temperature: float, repeat_penalty: float, seed: int
+    ) -> Iterator[GenerationStep]:
         """Reads a prompt and writes on, past the model's end-of-generation tokens.
 
         Raises:
             LMInfError: What generating raised there.
         """
-        self._pipe.send(_Write(prompt, n_tokens, temperature, seed))
+        self._pipe.send(_Write(prompt, n_tokens, temperature, repeat_penalty, seed))
         yield from self._messages(GenerationStep)
 
     def close(self) -> None:
@@ -194,7 +197,12 @@ def _work(pipe: PipeEnd, llm: Llama, work: _Read | _Write) -> None:
             pipe.send(_status_of(llm, piece))
         return
     for step in llm.generate(
-        work.prompt, max_tokens=work.n_tokens, temperature=work.temperature, seed=work.seed, stop_at_end=False
+        work.prompt,
+        max_tokens=work.n_tokens,
+        temperature=work.temperature,
+        repeat_penalty=work.repeat_penalty,
+        seed=work.seed,
+        stop_at_end=False,
     ):
         pipe.send(step)
 
