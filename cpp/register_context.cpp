@@ -115,29 +115,11 @@ static bool seq_rm(Context & context, llama_seq_id seq_id, llama_pos p0, llama_p
     return llama_memory_seq_rm(llama_get_memory(held.ctx()), seq_id, p0, p1);
 }
 
-// What a cell of a plain context holds, all layers taken to be like the first.
-static uint64_t plain_bytes(const Context & context, const llama_context * ctx) {
-    const llama_model * model = context.model->ptr.get();
-
-    const int64_t n_head_kv = llama_model_n_head_kv(model);
-    const int64_t n_row     = n_head_kv * (llama_model_n_embd(model) / std::max(1, llama_model_n_head(model)));
-    const size_t  n_cell =
-        ggml_row_size(context.options.cache_type_k, n_row) + ggml_row_size(context.options.cache_type_v, n_row);
-    return uint64_t{llama_n_ctx(ctx)} * llama_model_n_layer(model) * n_cell;
-}
-
 static lminf_stats stats(Context & context, llama_seq_id seq_id) {
     const Context::use held(context, seq_id);
 
     lminf_stats result{};
-    if (!lminf_get_stats(held.ctx(), seq_id, &result)) {
-        result.n_past        = lminf_n_past(held.ctx(), seq_id);
-        result.pos_physical  = result.n_past;
-        result.n_bytes       = plain_bytes(context, held.ctx());
-        result.n_cells       = llama_n_ctx_seq(held.ctx());
-        result.n_cells_used  = static_cast<uint32_t>(result.n_past);
-        result.sink_distance = -1;
-    }
+    lminf_get_stats(held.ctx(), seq_id, &result);
     return result;
 }
 

@@ -102,7 +102,7 @@ public:
     bool rope_is_supported() const;
 
     int64_t     n_past(llama_seq_id seq_id) const { return seqs[seq_id].n_past; }
-    lminf_stats stats (llama_seq_id seq_id) const;
+    lminf_stats stats (llama_seq_id seq_id) const; // all but n_bytes
 
     // llama_pos of this sequence start again from small values; logical positions do not change
     void renumber(llama_seq_id seq_id);

@@ -274,11 +274,24 @@ bool lminf_get_params(const struct llama_context * ctx, struct lminf_params * pa
 }
 
 bool lminf_get_stats(const struct llama_context * ctx, llama_seq_id seq_id, struct lminf_stats * stats) {
-    const auto * kv = get_kv_cache(ctx);
-    if (!kv || !kv->has_seq(seq_id) || !stats) {
+    const llama_memory_i * memory = ctx ? llama_get_memory(ctx) : nullptr;
+    if (!memory || !stats || seq_id < 0 || (uint32_t) seq_id >= llama_n_seq_max(ctx)) {
         return false;
     }
-    *stats = kv->stats(seq_id);
+
+    if (const auto * kv = get_kv_cache(ctx)) {
+        *stats = kv->stats(seq_id);
+    } else {
+        *stats = {};
+        stats->n_past        = lminf_n_past(ctx, seq_id);
+        stats->pos_physical  = stats->n_past;
+        stats->n_cells       = llama_n_ctx_seq(ctx);
+        stats->n_cells_used  = (uint32_t) stats->n_past;
+        stats->sink_distance = -1;
+    }
+    for (const auto & [_, size] : memory->memory_breakdown()) {
+        stats->n_bytes += size;
+    }
     return true;
 }
 

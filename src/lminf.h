@@ -71,7 +71,7 @@ LLAMA_API const char *      lminf_last_error (void); // "" after success
 // true if the context was made with LM-Infinite; the resolved parameters then, if params is not NULL
 LLAMA_API bool lminf_get_params(const struct llama_context * ctx, struct lminf_params * params);
 
-// false if the context was not made with LM-Infinite or seq_id is out of range
+// Also for contexts without LM-Infinite: nothing is evicted, placed or rebased there. false if there is no such sequence.
 LLAMA_API bool lminf_get_stats(const struct llama_context * ctx, llama_seq_id seq_id, struct lminf_stats * stats);
 
 // Logical position of the sequence's next token, for contexts with and without LM-Infinite.

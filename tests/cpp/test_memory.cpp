@@ -237,6 +237,12 @@ static void test_refusals(llama_model * model) {
     CHECK(lminf_decode(ctx.get(), 0, tokens.data(), 0, nullptr) != 0);
     CHECK(llama_state_get_size(ctx.get()) == 0 || lminf_n_past(ctx.get(), 0) == 150);
 
+    // a plain context has figures too
+    const context_ptr plain(llama_init_from_model(model, make_cparams({})), llama_free);
+    lminf_stats stats;
+    CHECK(lminf_get_stats(plain.get(), 0, &stats) && stats.n_bytes > 0 && stats.n_past == 0);
+    CHECK(!lminf_get_stats(plain.get(), 1, &stats) && !lminf_get_params(plain.get(), nullptr));
+
     lminf_params params = make_params();
     params.n_block = 25;
     CHECK(!lminf_init_from_model(model, make_cparams({}), params));

@@ -5,18 +5,16 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import pytest
-
 from stock import ROOT, run, tool
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="the sanitizers of GCC and Clang")
 def test_the_policy_holds_under_sanitizers(tmp_path: Path) -> None:
     source = ROOT / "tests" / "cpp"
     ninja = f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}"
+    sanitize = f"-DLMINF_SANITIZE={'OFF' if sys.platform == 'win32' else 'ON'}"
     run(
         tool("cmake"), "-S", source, "-B", tmp_path, "-G", "Ninja", ninja,
-        "-DCMAKE_BUILD_TYPE=RelWithDebInfo", "-DLMINF_SANITIZE=ON", "-DLMINF_WERROR=ON",
+        "-DCMAKE_BUILD_TYPE=RelWithDebInfo", sanitize, "-DLMINF_WERROR=ON",
     )  # fmt: skip
     run(tool("cmake"), "--build", tmp_path)
     run(tool("ctest"), "--test-dir", tmp_path, "--output-on-failure", "--no-tests=error")

@@ -1,0 +1,210 @@
+// What the model's graph does with the memory: stores keys and values, captures sink tokens, masks.
+
+#include "lminf-kv-cache.h"
+
+#include "llama-impl.h"
+#include "llama-model.h"
+
+#include <algorithm>
+#include <cassert>
+#include <cmath>
+
+ggml_tensor * lminf_kv_cache::k_rows(ggml_context * ctx, int32_t ikv) const {
+    ggml_tensor * k = layers[ikv].k;
+    return ggml_reshape_2d(ctx, k, k->ne[0], k->ne[1]*k->ne[2]);
+}
+
+ggml_tensor * lminf_kv_cache::build_input_k_idxs(ggml_context * ctx, const llama_ubatch & ubatch) const {
+    const auto & c = capture;
+    if (c.sinks.empty()) {
+        return llama_kv_cache::build_input_k_idxs(ctx, ubatch);
+    }
+
+    // [cells of the tokens, rows of the originals, cells of the placements]
+    ggml_tensor * k_idxs = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, ubatch.n_tokens + c.sinks.size() + c.placements.size());
+    ggml_set_input(k_idxs);
+    ggml_set_name(k_idxs, "attn_inp_k_idxs");
+
+    const size_t n_values = c.values.empty() ? 0 : ubatch.n_tokens + c.values.size();
+
+    capture.ids = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, 2*c.sinks.size() + 2*c.placements.size() + n_values);
+    ggml_set_input(capture.ids);
+    ggml_set_name(capture.ids, "lminf_inp_sinks");
+
+    return k_idxs;
+}
+
+ggml_tensor * lminf_kv_cache::build_input_v_idxs(ggml_context * ctx, const llama_ubatch & ubatch) const {
+    llama_ubatch extended = ubatch;
+    extended.n_tokens += capture.values.size();
+
+    return llama_kv_cache::build_input_v_idxs(ctx, extended);
+}
+
+static ggml_tensor * view_ids(ggml_context * ctx, ggml_tensor * t, size_t n, size_t i0) {
+    return ggml_view_1d(ctx, t, n, i0*ggml_element_size(t));
+}
+
+ggml_tensor * lminf_kv_cache::cpy_k(
+        ggml_context * ctx, ggml_tensor * k_cur, ggml_tensor * k_idxs, int32_t il, const slot_info & sinfo) const {
+    const int32_t ikv = map_layer_ids.at(il);
+
+    if (ropes[ikv].state == lminf_rope::UNKNOWN) {
+        ropes[ikv] = lminf_rope::find(k_cur);
+    }
+
+    const auto & c = capture;
+    if (c.sinks.empty()) {
+        return llama_kv_cache::cpy_k(ctx, k_cur, k_idxs, il, sinfo);
+    }
+
+    const int64_t n_embd_head = k_cur->ne[0];
+    const int64_t n_head_kv   = k_cur->ne[1];
+    const int64_t n_embd      = n_embd_head*n_head_kv;
+
+    const size_t n_tokens     = k_cur->ne[2];
+    const size_t n_sinks      = c.sinks.size();
+    const size_t n_placements = c.placements.size();
+
+    const auto & rope = ropes[ikv];
+
+    // keep the originals
+    ggml_tensor * cur = ggml_view_2d(ctx, k_cur, n_embd, n_tokens, k_cur->nb[2], 0);
+
+    cur = ggml_get_rows(ctx, cur, view_ids(ctx, c.ids, n_sinks, 0));
+    cur = ggml_reshape_3d(ctx, cur, n_embd_head, n_head_kv, n_sinks);
+    if (k_rot[ikv]) {
+        cur = llama_mul_mat_hadamard(ctx, cur, k_rot[ikv]);
+    }
+    cur = rope.unrotate(ctx, cur, view_ids(ctx, c.ids, n_sinks, n_sinks));
+    cur = ggml_reshape_2d(ctx, cur, n_embd, n_sinks);
+
+    ggml_tensor * originals = ggml_set_rows(ctx, sink_k[ikv], cur, view_ids(ctx, k_idxs, n_sinks, n_tokens));
+
+    // place them
+    cur = ggml_get_rows(ctx, originals, view_ids(ctx, c.ids, n_placements, 2*n_sinks));
+    cur = ggml_reshape_3d(ctx, cur, n_embd_head, n_head_kv, n_placements);
+    cur = rope.rotate(ctx, cur, view_ids(ctx, c.ids, n_placements, 2*n_sinks + n_placements));
+    if (k_rot[ikv]) {
+        cur = llama_mul_mat_hadamard(ctx, cur, k_rot[ikv]);
+    }
+    cur = ggml_reshape_2d(ctx, cur, n_embd, n_placements);
+
+    ggml_tensor * k = ggml_set_rows(ctx, k_rows(ctx, ikv), cur, view_ids(ctx, k_idxs, n_placements, n_tokens + n_sinks));
+
+    // store the micro-batch
+    cur = ggml_view_2d(ctx, k_cur, n_embd, n_tokens, k_cur->nb[2], 0);
+
+    return ggml_set_rows(ctx, k, cur, view_ids(ctx, k_idxs, n_tokens, 0));
+}
+
+ggml_tensor * lminf_kv_cache::cpy_v(
+        ggml_context * ctx, ggml_tensor * v_cur, ggml_tensor * v_idxs, int32_t il, const slot_info & sinfo) const {
+    const auto & c = capture;
+    if (!c.values.empty()) {
+        const int64_t n_embd_head = v_cur->ne[0];
+        const int64_t n_head_kv   = v_cur->ne[1];
+
+        const size_t n_tokens = v_cur->ne[2];
+        const size_t n_values = n_tokens + c.values.size();
+
+        v_cur = ggml_view_2d(ctx, v_cur, n_embd_head*n_head_kv, n_tokens, v_cur->nb[2], 0);
+        v_cur = ggml_get_rows(ctx, v_cur, view_ids(ctx, c.ids, n_values, 2*c.sinks.size() + 2*c.placements.size()));
+        v_cur = ggml_reshape_3d(ctx, v_cur, n_embd_head, n_head_kv, n_values);
+    }
+
+    return llama_kv_cache::cpy_v(ctx, v_cur, v_idxs, il, sinfo);
+}
+
+void lminf_kv_cache::set_input_k_idxs(ggml_tensor * dst, const llama_ubatch * ubatch, const slot_info & sinfo) const {
+    llama_kv_cache::set_input_k_idxs(dst, ubatch, sinfo);
+
+    const auto & c = capture;
+    if (c.sinks.empty()) {
+        return;
+    }
+
+    int64_t * cells = (int64_t *) dst->data + ubatch->n_tokens;
+
+    std::vector<int32_t> ids;
+    for (const auto & sink : c.sinks) {
+        ids.push_back(sink.i_token);
+        *cells++ = sink.row;
+    }
+    for (const auto & sink : c.sinks) {
+        ids.push_back((int32_t) -sink.pos);
+    }
+    for (const auto & placement : c.placements) {
+        ids.push_back((int32_t) placement.row);
+        *cells++ = placement.cell;
+    }
+    for (const auto & placement : c.placements) {
+        ids.push_back((int32_t) placement.pos);
+    }
+    if (!c.values.empty()) {
+        for (uint32_t i = 0; i < ubatch->n_tokens; ++i) {
+            ids.push_back((int32_t) i);
+        }
+        for (const auto & value : c.values) {
+            ids.push_back(value.i_token);
+        }
+    }
+    assert((int64_t) ids.size() == ggml_nelements(c.ids));
+
+    ggml_backend_tensor_set(c.ids, ids.data(), 0, ggml_nbytes(c.ids));
+}
+
+void lminf_kv_cache::set_input_v_idxs(ggml_tensor * dst, const llama_ubatch * ubatch, const slot_info & sinfo) const {
+    llama_kv_cache::set_input_v_idxs(dst, ubatch, sinfo);
+
+    const int64_t n_embd  = v_trans ? hparams.n_embd_v_gqa_max() : 1;
+    const int64_t n_cells = policy.n_cells();
+
+    int64_t * data = (int64_t *) dst->data + ubatch->n_tokens*n_embd;
+    for (const auto & value : capture.values) {
+        for (int64_t j = 0; j < n_embd; ++j) {
+            *data++ = value.strm*n_cells*n_embd + j*n_cells + value.cell;
+        }
+    }
+}
+
+template <typename T>
+static void fill_kq_mask(
+        const lminf_policy & policy, T * row, int64_t n_kv, int64_t p, int64_t oldest, int64_t n_sinks, T keep, T drop) {
+    std::fill(row, row + n_kv, drop);
+
+    const int64_t icopy = policy.copy(p);
+    for (int64_t j = 0; j < std::min(n_sinks, p + 1); ++j) {
+        row[policy.sink_cell(icopy, j)] = keep;
+    }
+
+    // the ring is contiguous but for its end
+    int64_t j = std::max(policy.window_begin(p), oldest);
+    while (j <= p) {
+        const int64_t cell = policy.ring_cell(j);
+        const int64_t n    = std::min(p - j + 1, policy.n_cells() - cell);
+
+        std::fill(row + cell, row + cell + n, keep);
+        j += n;
+    }
+}
+
+void lminf_kv_cache::set_input_kq_mask(ggml_tensor * dst, const llama_ubatch * ubatch, bool causal_attn) const {
+    GGML_ASSERT(ggml_backend_buffer_is_host(dst->buffer));
+    GGML_ASSERT(causal_attn);
+
+    const int64_t n_kv = dst->ne[0];
+
+    for (uint32_t i = 0; i < ubatch->n_tokens; ++i) {
+        const auto & seq = seqs[ubatch->seq_id[i][0]];
+
+        const int64_t p = logical(seq, ubatch->pos[i]);
+
+        if (dst->type == GGML_TYPE_F16) {
+            fill_kq_mask(policy, (ggml_fp16_t *) dst->data + n_kv*i, n_kv, p, seq.oldest, policy.n_sink,
+                    ggml_fp32_to_fp16(0.0f), ggml_fp32_to_fp16(-INFINITY));
+        } else {
+            fill_kq_mask(policy, (float *) dst->data + n_kv*i, n_kv, p, seq.oldest, policy.n_sink, 0.0f, -INFINITY);
+        }
+    }
+}
