@@ -14,7 +14,7 @@ struct lminf_policy {
     int64_t n_window   = 2048; // W
     int64_t n_clamp    = 2048; // L
     int64_t n_block    = 64;   // B
-    int64_t n_rollback = 256;
+    int64_t n_rollback = 128;
     int64_t n_ubatch   = 512;
     int64_t n_rebase   = 65536;
     bool    kept_order = false;

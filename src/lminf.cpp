@@ -44,7 +44,7 @@ struct lminf_params lminf_default_params(void) {
         /*.n_window   =*/ 0,
         /*.n_clamp    =*/ 0,
         /*.n_block    =*/ 0,
-        /*.n_rollback =*/ 256,
+        /*.n_rollback =*/ 128,
         /*.n_rebase   =*/ 0,
         /*.sink_order =*/ LMINF_SINK_ORDER_CLAMPED,
     };

@@ -15,9 +15,9 @@ __all__ = ["_core", "lib_path"]
 def _short_openmp_spinning() -> Iterator[None]:
     """Sets how long OpenMP's threads spin; libgomp reads that when it is loaded, which happens with the extension.
 
-    The threads wait for each other at every operation of a graph, by default spinning so long that two of them and
-    another busy process on two cores decode 1.5 tokens/s instead of 40 (SmolLM2-135M). With this count it is 15, and
-    still 39 when nothing else runs. Who has set one of these variables knows better.
+    The threads wait for each other at every operation of a graph, by default spinning so long that one other busy
+    process can slow them down more than tenfold. This count lets them sleep sooner; what that costs an idle machine is
+    within the noise of its timings. Who has set one of these variables knows better.
     """
     if "GOMP_SPINCOUNT" in os.environ or "OMP_WAIT_POLICY" in os.environ:
         yield

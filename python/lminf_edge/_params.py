@@ -17,7 +17,7 @@ def batch_sizes(n_batch: int | None, n_ubatch: int | None) -> tuple[int, int]:
     check_optional_int("n_batch", n_batch, 1)
     check_optional_int("n_ubatch", n_ubatch, 1)
     batch = max(2048, n_ubatch or 0) if n_batch is None else n_batch
-    ubatch = min(512, batch) if n_ubatch is None else n_ubatch
+    ubatch = min(256, batch) if n_ubatch is None else n_ubatch
     if ubatch > batch:
         raise ConfigError(f"n_ubatch = {ubatch}: must be at most n_batch ({batch})")
     return batch, ubatch

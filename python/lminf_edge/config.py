@@ -37,7 +37,7 @@ class LMInfConfig:
     n_clamp: int | None = None
     n_block: int | None = None
     sink_order: SinkOrder = "clamped"
-    n_rollback: int = 256
+    n_rollback: int = 128
 
     def __post_init__(self) -> None:
         check_int("n_sink", self.n_sink, 0)

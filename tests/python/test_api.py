@@ -255,7 +255,7 @@ def test_a_model_without_sink_tokens_has_no_sink_distance(head_32: TinyModel) ->
 
 
 def test_the_configuration_in_use_has_every_default_filled_in(real: Llama) -> None:
-    assert real.config == LMInfConfig(n_sink=4, n_window=128, n_clamp=128, n_block=64, n_rollback=256)
+    assert real.config == LMInfConfig(n_sink=4, n_window=128, n_clamp=128, n_block=64, n_rollback=128)
     assert real.n_ctx is None
 
 
