@@ -51,6 +51,14 @@ class Stream:
         if n > 0:
             self.llm.logprobs([next(self._tokens) for _ in range(n)])
 
+    def jump_to(self, position: int) -> None:
+        """Goes to a position without reading all the way, then reads on until the window is full again."""
+        self.skip_to(64)
+        n_window = 2 * self.n_block + 2304
+        if not self.llm._context.test_set_position(position - n_window):
+            raise SystemExit(f"cannot go to position {position}")
+        self.skip_to(position)
+
     def decode(self, n_tokens: int) -> list[Decoded]:
         """Reads token by token, as generation does."""
         result = []
@@ -72,11 +80,17 @@ def seconds(decoded: list[Decoded]) -> npt.NDArray[np.float64]:
     return np.array([d.seconds for d in decoded])
 
 
-def compare_positions(path: Path, tokens: list[int], cache_type: str, near: int, far: int, rounds: int) -> list[str]:
+def compare_positions(
+    path: Path, tokens: list[int], cache_type: str, near: int, far: int, rounds: int, jump: bool
+) -> list[str]:
     """One row: speed at both positions, and the latency of single tokens."""
     streams = [Stream(path, tokens, cache_type) for _ in range(2)]
-    for stream, position in zip(streams, (near, far), strict=True):
-        stream.skip_to(position)
+    streams[0].skip_to(near)
+    if jump:
+        streams[1].jump_to(far)
+    else:
+        streams[1].skip_to(far)
+    for stream in streams:
         stream.decode(4)  # warm-up
     ratios = []
     all_decoded: list[list[Decoded]] = [[], []]
@@ -134,6 +148,7 @@ def main() -> None:
     parser.add_argument("--near", type=int, default=2500)
     parser.add_argument("--far", type=int, default=30000)
     parser.add_argument("--rounds", type=int, default=20, help="of 32 tokens at each position")
+    parser.add_argument("--jump", action="store_true", help="fill the window at the far position only")
     parser.add_argument("--rebases", type=int, default=5)
     parser.add_argument("--cache-types", nargs="+", default=["f16", "q8_0", "q4_0"])
     args = parser.parse_args()
@@ -142,7 +157,7 @@ def main() -> None:
     tokens = text_tokens(path, args.text, 16384)
     speed, rebase = [], []
     for cache_type in args.cache_types:
-        speed.append(compare_positions(path, tokens, cache_type, args.near, args.far, args.rounds))
+        speed.append(compare_positions(path, tokens, cache_type, args.near, args.far, args.rounds, args.jump))
         print(speed[-1], flush=True)
     for cache_type in ["f32", *args.cache_types]:
         rebase.append(measure_rebase(path, tokens, cache_type, args.rebases))
