@@ -45,7 +45,7 @@ class Llama:
         n_ctx: Context length in tokens, for plain llama.cpp only; llama.cpp rounds it up to a multiple of 256. None:
             the length that the model was trained on.
         n_batch: Tokens handed to llama.cpp at once. None: 2048, at least n_ubatch.
-        n_ubatch: Tokens computed at once (a micro-batch). None: 256, at most n_batch. It adds to the cells of the window.
+        n_ubatch: Tokens computed at once (a micro-batch). None: 256, at most n_batch. It adds to the window's cells.
         n_threads: Threads for generation. None: the usable physical cores.
         n_threads_batch: Threads for prompts. None: n_threads.
         n_gpu_layers: Layers to keep on a GPU if there is one; -1 means all.
