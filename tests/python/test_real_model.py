@@ -76,7 +76,8 @@ class TestFarStreams:
         assert far == pytest.approx(near, rel=1e-3)
 
     def test_a_trillion_tokens_away_too(self, default_model_f32: Path, tokens: list[int]) -> None:
-        near, far = (self.loss_from(default_model_f32, tokens[:800], position) for position in (10_000, 10**12))
+        # both positions begin a block
+        near, far = (self.loss_from(default_model_f32, tokens[:800], position) for position in (10_048, 10**12))
         assert far == pytest.approx(near, rel=1e-3)
 
     @staticmethod
