@@ -16,7 +16,8 @@ def _short_openmp_spinning() -> Iterator[None]:
     """Sets how long OpenMP's threads spin; libgomp reads that when it is loaded, which happens with the extension.
 
     The threads wait for each other at every operation of a graph, by default spinning so long that one other busy
-    process can slow them down more than tenfold. This count lets them sleep sooner. Who has set one of these variables knows better.
+    process can slow them down more than tenfold. This count lets them sleep sooner. Who has set one of these variables
+    knows better.
     """
     if "GOMP_SPINCOUNT" in os.environ or "OMP_WAIT_POLICY" in os.environ:
         yield
