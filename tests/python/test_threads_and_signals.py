@@ -154,7 +154,7 @@ import signal, sys, time
 import numpy as np
 from lminf_edge import Llama, LMInfConfig
 
-llm = Llama(sys.argv[1], lminf=LMInfConfig(n_window=1024), seed=0)
+llm = Llama(sys.argv[1], lminf=LMInfConfig(n_window=1024), n_ubatch=256, seed=0)
 tokens = llm.tokenize("The sea was calm, and the ship sailed on towards the south. " * 2000)
 print("reading", flush=True)
 try:
@@ -162,7 +162,7 @@ try:
 except KeyboardInterrupt:
     print("interrupted", flush=True)
 n_past = llm.n_past
-assert n_past % 512 == 0 and n_past < len(tokens), n_past
+assert n_past % 256 == 0 and n_past < len(tokens), n_past
 after = llm.logprobs(tokens[n_past:n_past + 64])
 llm.reset()
 if n_past:
