@@ -27,7 +27,9 @@ ggml_tensor * lminf_kv_cache::build_input_k_idxs(ggml_context * ctx, const llama
 
     const size_t n_values = c.values.empty() ? 0 : ubatch.n_tokens + c.values.size();
 
-    capture.ids = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, 2*c.sinks.size() + 2*c.placements.size() + n_values);
+    const size_t n_keys = c.sinks.size() + c.placements.size();
+
+    capture.ids = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_keys*(1 + hparams.n_pos_per_embd()) + n_values);
     ggml_set_input(capture.ids);
     ggml_set_name(capture.ids, "lminf_inp_sinks");
 
@@ -66,6 +68,10 @@ ggml_tensor * lminf_kv_cache::cpy_k(
     const size_t n_sinks      = c.sinks.size();
     const size_t n_placements = c.placements.size();
 
+    // where the positions begin among the ids
+    const size_t n_pos = hparams.n_pos_per_embd();
+    const size_t i_pos = n_sinks + n_placements;
+
     const auto & rope = ropes[ikv];
 
     // keep the originals
@@ -76,15 +82,15 @@ ggml_tensor * lminf_kv_cache::cpy_k(
     if (k_rot[ikv]) {
         cur = llama_mul_mat_hadamard(ctx, cur, k_rot[ikv]);
     }
-    cur = rope.unrotate(ctx, cur, view_ids(ctx, c.ids, n_sinks, n_sinks));
+    cur = rope.unrotate(ctx, cur, view_ids(ctx, c.ids, n_sinks*n_pos, i_pos));
     cur = ggml_reshape_2d(ctx, cur, n_embd, n_sinks);
 
     ggml_tensor * originals = ggml_set_rows(ctx, sink_k[ikv], cur, view_ids(ctx, k_idxs, n_sinks, n_tokens));
 
     // place them
-    cur = ggml_get_rows(ctx, originals, view_ids(ctx, c.ids, n_placements, 2*n_sinks));
+    cur = ggml_get_rows(ctx, originals, view_ids(ctx, c.ids, n_placements, n_sinks));
     cur = ggml_reshape_3d(ctx, cur, n_embd_head, n_head_kv, n_placements);
-    cur = rope.rotate(ctx, cur, view_ids(ctx, c.ids, n_placements, 2*n_sinks + n_placements));
+    cur = rope.rotate(ctx, cur, view_ids(ctx, c.ids, n_placements*n_pos, i_pos + n_sinks*n_pos));
     if (k_rot[ikv]) {
         cur = llama_mul_mat_hadamard(ctx, cur, k_rot[ikv]);
     }
@@ -109,7 +115,7 @@ ggml_tensor * lminf_kv_cache::cpy_v(
         const size_t n_values = n_tokens + c.values.size();
 
         v_cur = ggml_view_2d(ctx, v_cur, n_embd_head*n_head_kv, n_tokens, v_cur->nb[2], 0);
-        v_cur = ggml_get_rows(ctx, v_cur, view_ids(ctx, c.ids, n_values, 2*c.sinks.size() + 2*c.placements.size()));
+        v_cur = ggml_get_rows(ctx, v_cur, view_ids(ctx, c.ids, n_values, c.ids->ne[0] - n_values));
         v_cur = ggml_reshape_3d(ctx, v_cur, n_embd_head, n_head_kv, n_values);
     }
 
@@ -127,19 +133,20 @@ void lminf_kv_cache::set_input_k_idxs(ggml_tensor * dst, const llama_ubatch * ub
     int64_t * cells = (int64_t *) dst->data + ubatch->n_tokens;
 
     std::vector<int32_t> ids;
+    std::vector<int32_t> pos_sinks;
+    std::vector<int32_t> pos_placements;
     for (const auto & sink : c.sinks) {
-        ids.push_back(sink.i_token);
+        ids      .push_back(sink.i_token);
+        pos_sinks.push_back((int32_t) -sink.pos);
         *cells++ = sink.row;
     }
-    for (const auto & sink : c.sinks) {
-        ids.push_back((int32_t) -sink.pos);
-    }
     for (const auto & placement : c.placements) {
-        ids.push_back((int32_t) placement.row);
+        ids           .push_back((int32_t) placement.row);
+        pos_placements.push_back((int32_t) placement.pos);
         *cells++ = placement.cell;
     }
-    for (const auto & placement : c.placements) {
-        ids.push_back((int32_t) placement.pos);
+    for (const auto & pos : { rope_positions(pos_sinks), rope_positions(pos_placements) }) {
+        ids.insert(ids.end(), pos.begin(), pos.end());
     }
     if (!c.values.empty()) {
         for (uint32_t i = 0; i < ubatch->n_tokens; ++i) {
@@ -169,23 +176,25 @@ void lminf_kv_cache::set_input_v_idxs(ggml_tensor * dst, const llama_ubatch * ub
 }
 
 template <typename T>
-static void fill_kq_mask(
-        const lminf_policy & policy, T * row, int64_t n_kv, int64_t p, int64_t oldest, int64_t n_sinks, T keep, T drop) {
-    std::fill(row, row + n_kv, drop);
+static void fill_kq_mask(const lminf_policy & policy, const lminf_sequence & seq, T * row, int64_t n_kv, int64_t p, T (*value)(float)) {
+    const T hidden = value(-INFINITY);
+    const T seen   = value(0.0f);
+
+    // ALiBi takes its bias from the distance
+    const auto visible = [&](int64_t j) { return policy.alibi ? value(-(float) policy.distance(p, j)) : seen; };
+
+    std::fill(row, row + n_kv, hidden);
 
     const int64_t icopy = policy.copy(p);
-    for (int64_t j = 0; j < std::min(n_sinks, p + 1); ++j) {
-        row[policy.sink_cell(icopy, j)] = keep;
+    for (int64_t j = 0; j < std::min(policy.n_sink, p + 1); ++j) {
+        row[policy.sink_cell(icopy, j)] = visible(j);
     }
-
-    // the ring is contiguous but for its end
-    int64_t j = std::max(policy.window_begin(p), oldest);
-    while (j <= p) {
-        const int64_t cell = policy.ring_cell(j);
-        const int64_t n    = std::min(p - j + 1, policy.n_cells() - cell);
-
-        std::fill(row + cell, row + cell + n, keep);
-        j += n;
+    const int64_t begin = policy.window_begin(p);
+    for (int64_t cell = policy.n_sink_cells(); cell < n_kv; ++cell) {
+        const int64_t j = seq.key_at(cell);
+        if (begin <= j && j <= p && seq.is_kept(j)) {
+            row[cell] = visible(j);
+        }
     }
 }
 
@@ -201,10 +210,9 @@ void lminf_kv_cache::set_input_kq_mask(ggml_tensor * dst, const llama_ubatch * u
         const int64_t p = logical(seq, ubatch->pos[i]);
 
         if (dst->type == GGML_TYPE_F16) {
-            fill_kq_mask(policy, (ggml_fp16_t *) dst->data + n_kv*i, n_kv, p, seq.oldest, policy.n_sink,
-                    ggml_fp32_to_fp16(0.0f), ggml_fp32_to_fp16(-INFINITY));
+            fill_kq_mask<ggml_fp16_t>(policy, seq, (ggml_fp16_t *) dst->data + n_kv*i, n_kv, p, ggml_fp32_to_fp16);
         } else {
-            fill_kq_mask(policy, (float *) dst->data + n_kv*i, n_kv, p, seq.oldest, policy.n_sink, 0.0f, -INFINITY);
+            fill_kq_mask<float>(policy, seq, (float *) dst->data + n_kv*i, n_kv, p, [](float x) { return x; });
         }
     }
 }

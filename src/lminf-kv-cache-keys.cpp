@@ -28,13 +28,23 @@ bool lminf_kv_cache::shift_keys(const std::vector<key_move> & moves) {
     return move_keys(moves, false, lctx->n_threads());
 }
 
+std::vector<int32_t> lminf_kv_cache::rope_positions(const std::vector<int32_t> & pos) const {
+    std::vector<int32_t> res;
+    for (uint32_t i = 0; i < hparams.n_pos_per_embd(); ++i) {
+        for (const int32_t p : pos) {
+            res.push_back(i < 3 ? p : 0);
+        }
+    }
+    return res;
+}
+
 bool lminf_kv_cache::move_keys(const std::vector<key_move> & moves, bool from_originals, int n_threads) {
     for (size_t i0 = 0; i0 < moves.size(); i0 += N_MOVES_MAX) {
         const size_t n = std::min(N_MOVES_MAX, moves.size() - i0);
 
         const auto build = [&](ggml_context * ctx, ggml_cgraph * gf) {
             inp_moves.src  = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n);
-            inp_moves.pos  = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n);
+            inp_moves.pos  = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n*hparams.n_pos_per_embd());
             inp_moves.cell = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, n);
             for (auto * t : { inp_moves.src, inp_moves.pos, inp_moves.cell }) {
                 ggml_set_input(t);
@@ -77,7 +87,7 @@ bool lminf_kv_cache::move_keys(const std::vector<key_move> & moves, bool from_or
             ggml_backend_tensor_set(inp_moves.src,  src .data(), 0, ggml_nbytes(inp_moves.src));
             ggml_backend_tensor_set(inp_moves.cell, cell.data(), 0, ggml_nbytes(inp_moves.cell));
             if (inp_moves.pos->buffer) { // a model without any RoPE has no use for it
-                ggml_backend_tensor_set(inp_moves.pos, pos.data(), 0, ggml_nbytes(inp_moves.pos));
+                ggml_backend_tensor_set(inp_moves.pos, rope_positions(pos).data(), 0, ggml_nbytes(inp_moves.pos));
             }
         };
 
@@ -95,6 +105,9 @@ bool lminf_kv_cache::copy_values(llama_seq_id seq_id, int64_t copy) {
     const auto build = [&](ggml_context * ctx, ggml_cgraph * gf) {
         for (const auto & layer : layers) {
             ggml_tensor * v = layer.v_stream[seq_id];
+            if (!v) {
+                continue; // latent attention: values are a part of the keys
+            }
 
             const int64_t n_embd = v->ne[0];
             const size_t  size   = ggml_row_size(v->type, n_embd);
@@ -118,10 +131,9 @@ bool lminf_kv_cache::rebase(llama_seq_id seq_id, int64_t base) {
 
     // what a rollback could bring back is rotated too; what was forgotten or overwritten is not
     std::vector<key_move> moves;
-    for (int64_t j = seq.oldest; j < seq.n_past; ++j) {
-        const int64_t cell = global_cell(seq_id, policy.ring_cell(j));
-        moves.push_back({ cell, cell, -delta });
-    }
+    seq.for_each_key([&](int64_t, int64_t cell) {
+        moves.push_back({ global_cell(seq_id, cell), global_cell(seq_id, cell), -delta });
+    });
     if (!shift_keys(moves)) {
         return false;
     }

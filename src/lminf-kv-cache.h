@@ -1,14 +1,16 @@
 // The memory of LM-Infinite: a KV cache that keeps the sink tokens and a local window of each sequence.
 //
-// Made by the hook in llama_model::create_memory() (patches/) when lminf_init_from_model() asks for it. What is visible,
-// where sink tokens stand and which cell holds what is decided by lminf_policy alone; this class carries it out.
-// Each sequence has a stream (a slice of the K and V tensors) of its own, laid out as [sink copies | window ring].
+// Made by lminf_make_kv_cache() (lminf-hooks.h), which the patch calls wherever llama.cpp makes the KV cache of a model's layers:
+// alone, as the two halves of a sliding-window model's cache, or beside the recurrent states of a hybrid model. What is
+// visible, where sink tokens stand and when a cell is free is decided by lminf_policy; lminf_sequence keeps the books; this
+// class moves the data. Each sequence has a stream (a slice of the K and V tensors) of its own: [sink copies | window ring].
 
 #pragma once
 
 #include "lminf-policy.h"
 #include "lminf-rope.h"
 #include "lminf-runner.h"
+#include "lminf-sequence.h"
 #include "lminf.h"
 
 #include "llama-kv-cache.h"
@@ -16,23 +18,34 @@
 #include <memory>
 #include <vector>
 
-// The hook of create_memory(): the memory to use instead of a plain llama_kv_cache, or NULL if the context being created was
-// not asked for by lminf_init_from_model(). Throws if the parameters do not fit.
-llama_memory_i * lminf_create_kv_cache(
-        const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams,
-        const llama_memory_i::layer_filter_cb & filter);
+class lminf_kv_cache;
+
+// The caches of one context. They store the same tokens, and allow or refuse a removal together.
+struct lminf_cache_group {
+    lminf_params params;
+    uint32_t     n_ubatch = 0; // lminf_begin_memory() knows it
+
+    std::vector<lminf_kv_cache *> caches; // in the order in which llama.cpp made them: that of the full-attention layers first
+};
+
+// The caches made on this thread belong to this group, as long as it is set. NULL: llama.cpp's own caches.
+void lminf_set_cache_group(std::shared_ptr<lminf_cache_group> group);
 
 class lminf_kv_cache : public llama_kv_cache {
 public:
+    // the parameters are those of llama_kv_cache
     lminf_kv_cache(
-            const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams,
-            const lminf_params & lparams, const lminf_policy & policy, const layer_filter_cb & filter);
+            std::shared_ptr<lminf_cache_group> group, const lminf_policy & policy,
+            const llama_model & model, const llama_hparams & hparams, ggml_type type_k, ggml_type type_v, bool v_trans,
+            bool offload, bool unified, uint32_t n_seq_max, uint32_t n_swa, llama_swa_type swa_type,
+            const layer_filter_cb & filter, const layer_reuse_cb & reuse);
+
+    ~lminf_kv_cache() override;
 
     //
     // llama_memory_i
     //
 
-    llama_memory_context_ptr init_batch(llama_batch_allocr & balloc, uint32_t n_ubatch, bool embd_all) override;
     llama_memory_context_ptr init_full() override;
     llama_memory_context_ptr init_update(llama_context * lctx, bool optimize) override;
 
@@ -45,8 +58,10 @@ public:
     bool seq_rm  (llama_seq_id seq_id, llama_pos p0, llama_pos p1) override;
     void seq_keep(llama_seq_id seq_id) override;
 
-    // refused with a message in the log: nothing changes
+    // a whole sequence, or one cut where a removal is allowed; anything else is refused as below
     void seq_cp (llama_seq_id seq_id_src, llama_seq_id seq_id_dst, llama_pos p0, llama_pos p1) override;
+
+    // refused with a message in the log: nothing changes
     void seq_add(llama_seq_id seq_id, llama_pos p0, llama_pos p1, llama_pos shift) override;
     void seq_div(llama_seq_id seq_id, llama_pos p0, llama_pos p1, int d) override;
 
@@ -55,9 +70,29 @@ public:
 
     std::map<ggml_backend_buffer_type_t, size_t> memory_breakdown() const override;
 
-    // refused: throws
+    // All that a sequence needs to go on bit for bit, in cells as they are. state_read() throws if the state was saved by a
+    // context with other parameters, and for a damaged one; what it had begun to overwrite is then empty.
     void state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) const override;
     void state_read (llama_io_read_i  & io, llama_seq_id seq_id, llama_state_seq_flags flags) override;
+
+    //
+    // llama_kv_cache, as called for each micro-batch
+    //
+
+    // the cells of all micro-batches of a batch; empty if they do not continue their sequences
+    slot_info_vec_t prepare(const std::vector<llama_ubatch> & ubatches) override;
+
+    // Makes everything ready that the queries of this micro-batch will see besides its own keys: rebases, places sink tokens.
+    // Nothing that the sequence could go back to is lost. Returns false if a computation failed.
+    bool begin_ubatch(const llama_ubatch & ubatch) override;
+
+    // the positions are stored now (or will be, by the graph that is computed next)
+    void apply_ubatch(const slot_info & sinfo, const llama_ubatch & ubatch) override;
+
+    uint32_t get_n_kv(const slot_info & sinfo) const override;
+
+    // not while sink tokens are captured
+    bool can_reuse_graph() const override { return capture.sinks.empty(); }
 
     //
     // llama_kv_cache, as called while a graph is built and its inputs are set
@@ -74,28 +109,10 @@ public:
     void set_input_kq_mask(ggml_tensor * dst, const llama_ubatch * ubatch, bool causal_attn) const override;
 
     //
-    // for lminf_kv_cache_context
-    //
-
-    // Makes everything ready that the queries of this micro-batch will see besides its own keys: rebases, places sink tokens.
-    // Nothing that the sequence could go back to is lost. Returns false if a computation failed.
-    bool begin_ubatch(const llama_ubatch & ubatch);
-
-    // the positions are stored now (or will be, by the graph that is computed next)
-    void commit_ubatch(const llama_ubatch & ubatch);
-
-    bool captures_sinks() const { return !capture.sinks.empty(); }
-
-    uint32_t used_cells(const llama_ubatch & ubatch) const;
-
-    // positions as RoPE sees them; empty if they are what the micro-batch says
-    std::vector<llama_pos> physical_positions(const llama_ubatch & ubatch) const;
-
-    //
     // for lminf.cpp
     //
 
-    const lminf_params & get_params() const { return lparams; }
+    const lminf_cache_group & get_group() const { return *group; }
 
     bool has_seq(llama_seq_id seq_id) const { return seq_id >= 0 && (size_t) seq_id < seqs.size(); }
 
@@ -107,33 +124,13 @@ public:
     // llama_pos of this sequence start again from small values; logical positions do not change
     void renumber(llama_seq_id seq_id);
 
-    bool set_position(llama_seq_id seq_id, int64_t pos); // test hook
+    bool can_set_position(llama_seq_id seq_id, int64_t pos) const;
+    void set_position    (llama_seq_id seq_id, int64_t pos); // test hook
 
     size_t get_key          (llama_seq_id seq_id, int32_t il, int64_t pos, void * dst, size_t size) const;
     size_t get_sink_original(llama_seq_id seq_id, int32_t il, uint32_t j,  void * dst, size_t size) const;
 
 private:
-    // what one copy of the sink tokens holds: n_k keys placed for this shift and base, n_v values
-    struct sink_copy {
-        int64_t shift = 0;
-        int64_t base  = 0;
-        int64_t n_k   = 0;
-        int64_t n_v   = 0;
-    };
-
-    struct sequence {
-        int64_t n_past = 0; // logical position of the next token
-        int64_t n_high = 0; // n_past has been this high: keys below n_high - n_ring are overwritten
-        int64_t oldest = 0; // window keys below this were forgotten on purpose
-        int64_t origin = 0; // logical position - llama_pos
-        int64_t base   = 0; // logical position - physical position
-
-        int64_t n_placements = 0;
-        int64_t n_rebases    = 0;
-
-        std::vector<sink_copy> copies;
-    };
-
     // Sink tokens in the micro-batch at hand. Their keys exist only once its graph is being computed, so that graph also
     // keeps their un-rotated originals and makes the copies which its own queries need.
     struct sink_capture {
@@ -145,7 +142,7 @@ private:
         std::vector<placement> placements; // row: of the originals; cell: global; pos: physical
         std::vector<value>     values;     // copies of values besides the home
 
-        // inputs of the graph that was built last: I32 [i_token, -pos, row, pos, value sources]
+        // inputs of the graph that was built last: I32 [i_token, row, -pos, pos, value sources]; see rope_positions()
         ggml_tensor * ids = nullptr;
     };
 
@@ -159,16 +156,17 @@ private:
     // inputs of the graph that moved keys last
     struct {
         ggml_tensor * src  = nullptr; // I32 [n]
-        ggml_tensor * pos  = nullptr; // I32 [n]
+        ggml_tensor * pos  = nullptr; // I32 [n*n_pos_per_embd], see rope_positions()
         ggml_tensor * cell = nullptr; // I64 [n]
     } inp_moves;
 
-    const lminf_params lparams;
+    const std::shared_ptr<lminf_cache_group> group;
+
     const lminf_policy policy;
 
-    const llama_context * lctx = nullptr;
+    llama_context * lctx = nullptr;
 
-    std::vector<sequence> seqs;
+    std::vector<lminf_sequence> seqs;
 
     mutable sink_capture            capture;
     mutable std::vector<lminf_rope> ropes; // [n_layer in the cache], as seen in the model's graph
@@ -183,13 +181,23 @@ private:
 
     void alloc_sink_originals();
 
-    sequence new_sequence() const;
+    std::vector<std::pair<const char *, int64_t>> state_parameters() const;
 
-    int64_t logical(const sequence & seq, llama_pos pos) const { return seq.origin + pos; }
+    // the parts of the cache that belong to a sequence of which n_used cells are in use: f(tensor, offset, size)
+    template <typename F>
+    void for_each_slice(llama_seq_id seq_id, int64_t n_used, F && f) const;
 
-    // true and the number of tokens that would be left, if the removal is one of those allowed
-    struct removal { bool ok; int64_t n_keep; int64_t oldest; };
-    removal check_rm(const sequence & seq, llama_pos p0, llama_pos p1) const;
+    int64_t logical(const lminf_sequence & seq, llama_pos pos) const { return seq.origin + pos; }
+
+    // the logical positions [j0, j1) that llama.cpp calls [p0, p1), where negative means "to the end"
+    std::pair<int64_t, int64_t> logical_range(const lminf_sequence & seq, llama_pos p0, llama_pos p1) const;
+
+    // all caches of the group
+    bool can_remove(llama_seq_id seq_id, llama_pos p0, llama_pos p1) const;
+
+    // first token, number of tokens and sequence of each part of a micro-batch
+    struct ubatch_part { uint32_t i0; uint32_t n; llama_seq_id seq_id; };
+    std::vector<ubatch_part> parts(const llama_ubatch & ubatch) const;
 
     int64_t global_cell(llama_seq_id seq_id, int64_t cell) const { return seq_id*policy.n_cells() + cell; }
 
@@ -206,19 +214,8 @@ private:
 
     void capture_sinks(llama_seq_id seq_id, int64_t p0, int64_t p1, int32_t i_token);
 
+    // positions of single tokens as the model's RoPE takes them: M-RoPE has four for each, of which text uses three
+    std::vector<int32_t> rope_positions(const std::vector<int32_t> & pos) const;
+
     ggml_tensor * k_rows(ggml_context * ctx, int32_t ikv) const; // K of all streams as rows
-};
-
-class lminf_kv_cache_context : public llama_kv_cache_context {
-public:
-    lminf_kv_cache_context(lminf_kv_cache * kv, slot_info_vec_t sinfos, std::vector<llama_ubatch> ubatches);
-
-    bool apply() override;
-
-    bool can_reuse_graph() const override;
-
-private:
-    lminf_kv_cache * kv_inf;
-
-    std::vector<llama_pos> pos_rope;
 };

@@ -6,11 +6,11 @@
 static constexpr int64_t N_PAD = 256;
 
 bool lminf_policy::visible(int64_t p, int64_t j) const {
-    return j >= 0 && j <= p && (j < n_sink || p - j < n_window);
+    return j >= 0 && j <= p && (j < n_sink || j >= window_begin(p));
 }
 
 int64_t lminf_policy::window_begin(int64_t p) const {
-    return std::max(n_sink, p - n_window + 1);
+    return std::max(n_sink, chunked ? p / n_window * n_window : p - n_window + 1);
 }
 
 int64_t lminf_policy::block(int64_t p) const {
@@ -29,7 +29,14 @@ int64_t lminf_policy::sink_pos(int64_t j, int64_t shift) const {
     return kept_order ? j + shift : std::max(j, shift);
 }
 
+int64_t lminf_policy::distance(int64_t p, int64_t j) const {
+    return p - (j < n_sink ? sink_pos(j, sink_shift(p)) : j);
+}
+
 int64_t lminf_policy::n_copies() const {
+    if (alibi) {
+        return 1;
+    }
     // the blocks that n_ubatch consecutive positions can touch, and the home
     return (n_ubatch + n_block - 2) / n_block + 1 + 1;
 }
@@ -48,42 +55,34 @@ int64_t lminf_policy::n_ring() const {
 }
 
 int64_t lminf_policy::copy(int64_t p) const {
-    return sink_shift(p) == 0 ? 0 : 1 + block(p) % (n_copies() - 1);
+    return alibi || sink_shift(p) == 0 ? 0 : 1 + block(p) % (n_copies() - 1);
 }
 
 int64_t lminf_policy::sink_cell(int64_t copy, int64_t j) const {
     return copy * n_sink + j;
 }
 
-int64_t lminf_policy::ring_cell(int64_t j) const {
-    return n_sink_cells() + (j - n_sink) % n_ring();
+int64_t lminf_policy::evict_before(int64_t p0) const {
+    return window_begin(std::max<int64_t>(0, p0 - n_rollback));
 }
 
-int64_t lminf_policy::cell(int64_t j) const {
-    return j < n_sink ? sink_cell(0, j) : ring_cell(j);
-}
-
-int64_t lminf_policy::oldest_stored(int64_t n_high) const {
-    return std::max(n_sink, n_high - n_ring());
-}
-
-bool lminf_policy::can_cut(int64_t n_keep, int64_t n_past, int64_t n_high) const {
+bool lminf_policy::can_cut(int64_t n_keep, int64_t n_past, int64_t n_evicted) const {
     if (n_keep < 0 || n_keep > n_past) {
         return false;
     }
     // a cut down to the sink tokens leaves no window key to miss
-    return n_keep <= n_sink || window_begin(n_keep) >= oldest_stored(n_high);
+    return n_keep <= n_sink || window_begin(n_keep) >= n_evicted;
 }
 
 int64_t lminf_policy::rebase_limit() const {
     // never so low that a key could live through two rebases
-    return std::max(n_rebase, n_window + n_rollback + n_block + n_ring() + n_ubatch);
+    return std::max(n_rebase, 2 * (n_reach + n_rollback) + n_block + n_ubatch);
 }
 
 int64_t lminf_policy::base(int64_t p0, int64_t p1, int64_t base) const {
     if (p0 >= base && p1 - base < rebase_limit()) {
         return base;
     }
-    const int64_t oldest = std::max<int64_t>(0, p0 - n_window - n_rollback);
+    const int64_t oldest = std::max<int64_t>(0, p0 - n_reach - n_rollback);
     return oldest / n_block * n_block;
 }

@@ -1,6 +1,7 @@
 // LM-Infinite as pure functions: which keys a query sees, at which RoPE position, and which cells hold them.
 //
-// Called by lminf-kv-cache.cpp, which decides nothing by itself, and tested without a model in tests/cpp/test_policy.cpp.
+// Called by lminf-sequence.cpp and lminf-kv-cache*.cpp, which decide nothing by themselves, and tested without a model in
+// tests/cpp/test_policy.cpp. Layers with a sliding window of the model's own have a policy too: n_sink = 0, n_window = theirs.
 // Knows nothing of llama.cpp. Positions are logical: 64-bit, counted per sequence from 0.
 // Source: Han et al., "LM-Infinite", arXiv 2308.16137, section 4 (sink tokens, local window, distance limit);
 // blocks, cells, rollback and rebase are ours (docs/semantics.md).
@@ -17,7 +18,11 @@ struct lminf_policy {
     int64_t n_rollback = 128;
     int64_t n_ubatch   = 512;
     int64_t n_rebase   = 65536;
+    int64_t n_pinned   = 4;    // the first tokens, which forgetting the oldest part of the window spares (n_sink of the model)
+    int64_t n_reach    = 2048; // the largest n_window of all layers of the model: they are rebased together
     bool    kept_order = false;
+    bool    chunked    = false; // a query sees its own chunk of n_window tokens only (Llama 4), instead of a sliding window
+    bool    alibi      = false; // a query's bias distances are clamped: sink tokens need no copies
 
     //
     // visibility (section 4, "lambda-shaped mask")
@@ -42,6 +47,9 @@ struct lminf_policy {
     // effective position of sink token j for a query whose block has this shift
     int64_t sink_pos(int64_t j, int64_t shift) const;
 
+    // distance at which query p sees key j: at most L for sink tokens (ALiBi takes its bias from it)
+    int64_t distance(int64_t p, int64_t j) const;
+
     //
     // cells of one sequence: [sink copies | window ring]
     //
@@ -53,21 +61,20 @@ struct lminf_policy {
     int64_t n_cells     () const; // in all, padded as llama.cpp pads a context
     int64_t n_ring      () const; // W + rollback + micro-batch, and the padding
 
-    int64_t copy     (int64_t p) const;                  // the copy that query p sees
+    int64_t copy     (int64_t p) const; // the copy that query p sees
     int64_t sink_cell(int64_t copy, int64_t j) const;
-    int64_t ring_cell(int64_t j) const;                  // j >= n_sink; overwrites the key of j - n_ring
-    int64_t cell     (int64_t j) const;                  // where the key of position j is stored when it is computed
 
     //
-    // eviction and rollback
+    // eviction: which cell of the ring a new key may take
     //
 
-    // the oldest ring position whose cell has not been overwritten after all positions below n_high were written
-    int64_t oldest_stored(int64_t n_high) const;
+    // Window keys below this are needed by no query from p0 on, even after n_rollback tokens before p0 were removed: their
+    // cells are free.
+    int64_t evict_before(int64_t p0) const;
 
-    // true if a sequence of n_past tokens, of which n_high were ever written, can be cut to n_keep tokens exactly:
+    // true if a sequence of n_past tokens whose window keys below n_evicted are gone can be cut to n_keep tokens exactly:
     // everything that the next queries would have seen is still stored
-    bool can_cut(int64_t n_keep, int64_t n_past, int64_t n_high) const;
+    bool can_cut(int64_t n_keep, int64_t n_past, int64_t n_evicted) const;
 
     //
     // rebase: physical position = logical position - base

@@ -3,20 +3,6 @@
 #include <cmath>
 #include <cstring>
 
-// as laid out by ggml_rope_impl()
-static lminf_rope::status read_params(const ggml_tensor * rope, int * ints, float * floats) {
-    memcpy(ints,   rope->op_params + 1, 4*sizeof(int));   // n_dims, mode, (unused), n_ctx_orig
-    memcpy(floats, rope->op_params + 5, 6*sizeof(float)); // freq_base, freq_scale, ext_factor, attn_factor, beta_*
-
-    const int  mode      = ints[1];
-    const bool is_weight = !rope->src[2] || rope->src[2]->op == GGML_OP_NONE;
-    const bool is_head   = rope->op_params[15] == 0; // ggml_rope_set_offset() was not used
-
-    return (mode == GGML_ROPE_TYPE_NORMAL || mode == GGML_ROPE_TYPE_NEOX) && is_weight && is_head
-                   ? lminf_rope::ROTATED
-                   : lminf_rope::UNSUPPORTED;
-}
-
 static bool is_hadamard(const ggml_tensor * t) {
     // the cache's rotation is a graph input, a model's weight is not
     return t->op == GGML_OP_MUL_MAT && (t->src[0]->flags & GGML_TENSOR_FLAG_INPUT);
@@ -29,48 +15,19 @@ static bool moves_data_only(const ggml_tensor * t) {
         case GGML_OP_PERMUTE:
         case GGML_OP_TRANSPOSE:
         case GGML_OP_CONT:
+        case GGML_OP_REPEAT:
             return true;
         default:
             return false;
     }
 }
 
-lminf_rope lminf_rope::find(const ggml_tensor * k_cur) {
-    lminf_rope res;
-
-    const ggml_tensor * t = k_cur;
-    while (t && (moves_data_only(t) || is_hadamard(t))) {
-        t = is_hadamard(t) ? t->src[1] : t->src[0];
-    }
-
-    if (t && t->op == GGML_OP_ROPE) {
-        int   ints[4];
-        float floats[6];
-        res.state       = read_params(t, ints, floats);
-        res.n_dims      = ints[0];
-        res.mode        = ints[1];
-        res.n_ctx_orig  = ints[3];
-        res.freq_base   = floats[0];
-        res.freq_scale  = floats[1];
-        res.ext_factor  = floats[2];
-        res.attn_factor = floats[3];
-        res.beta_fast   = floats[4];
-        res.beta_slow   = floats[5];
-        res.factors     = t->src[2];
-        return res;
-    }
-
-    // no RoPE at the end: either the layer has none down to its projection, or something stands between
+// true if t comes straight from a projection, without RoPE
+static bool is_plain(const ggml_tensor * t) {
     for (; t; t = t->src[0]) {
         switch (t->op) {
             case GGML_OP_MUL_MAT:
-                res.state = PLAIN;
-                return res;
-            case GGML_OP_RESHAPE:
-            case GGML_OP_VIEW:
-            case GGML_OP_PERMUTE:
-            case GGML_OP_TRANSPOSE:
-            case GGML_OP_CONT:
+                return true;
             case GGML_OP_NORM:
             case GGML_OP_RMS_NORM:
             case GGML_OP_L2_NORM:
@@ -80,13 +37,66 @@ lminf_rope lminf_rope::find(const ggml_tensor * k_cur) {
             case GGML_OP_CLAMP:
                 break;
             default:
-                res.state = UNSUPPORTED;
-                return res;
+                if (!moves_data_only(t)) {
+                    return false;
+                }
         }
     }
+    return false;
+}
 
+static const ggml_tensor * skip_moves(const ggml_tensor * t) {
+    while (t && (moves_data_only(t) || is_hadamard(t))) {
+        t = is_hadamard(t) ? t->src[1] : t->src[0];
+    }
+    return t;
+}
+
+lminf_rope lminf_rope::find(const ggml_tensor * k_cur) {
+    lminf_rope res;
     res.state = UNSUPPORTED;
+
+    const ggml_tensor * t = skip_moves(k_cur);
+
+    if (t && t->op == GGML_OP_ROPE) {
+        res.read(t);
+    } else if (t && t->op == GGML_OP_CONCAT && t->op_params[0] == 0) {
+        // a key in two parts, one of them rotated: that of latent attention
+        const ggml_tensor * a = skip_moves(t->src[0]);
+        const ggml_tensor * b = skip_moves(t->src[1]);
+        if (a->op == GGML_OP_ROPE && is_plain(b)) {
+            res.read(a);
+        } else if (b->op == GGML_OP_ROPE && is_plain(a)) {
+            res.read(b);
+            res.n_offs += (int) t->src[0]->ne[0];
+        }
+    } else if (is_plain(t)) {
+        res.state = PLAIN;
+    }
+
     return res;
+}
+
+// op_params as laid out by ggml_rope_impl()
+void lminf_rope::read(const ggml_tensor * rope) {
+    const int32_t * ints = rope->op_params;
+
+    n_dims     = ints[1];
+    mode       = ints[2];
+    n_ctx_orig = ints[4];
+    n_offs     = ints[15];
+    memcpy(&freq_base,   ints +  5, sizeof(float));
+    memcpy(&freq_scale,  ints +  6, sizeof(float));
+    memcpy(&ext_factor,  ints +  7, sizeof(float));
+    memcpy(&attn_factor, ints +  8, sizeof(float));
+    memcpy(&beta_fast,   ints +  9, sizeof(float));
+    memcpy(&beta_slow,   ints + 10, sizeof(float));
+    memcpy(sections,     ints + 11, sizeof(sections));
+    factors = rope->src[2];
+
+    const bool is_weight = !factors || factors->op == GGML_OP_NONE;
+
+    state = is_weight && mode != GGML_ROPE_TYPE_VISION ? ROTATED : UNSUPPORTED;
 }
 
 float lminf_rope::yarn_magnitude() const {
@@ -110,6 +120,11 @@ ggml_tensor * lminf_rope::apply(ggml_context * ctx, ggml_tensor * cur, ggml_tens
     if (state != ROTATED) {
         return cur;
     }
-    return ggml_rope_ext(ctx, cur, pos, factors, n_dims, mode, n_ctx_orig, freq_base, freq_scale,
-            ext_factor, attn_factor, beta_fast, beta_slow);
+    cur = mode & GGML_ROPE_TYPE_MROPE
+        ? ggml_rope_multi(ctx, cur, pos, factors, n_dims, const_cast<int *>(sections), mode, n_ctx_orig, freq_base, freq_scale,
+                ext_factor, attn_factor, beta_fast, beta_slow)
+        : ggml_rope_ext(ctx, cur, pos, factors, n_dims, mode, n_ctx_orig, freq_base, freq_scale,
+                ext_factor, attn_factor, beta_fast, beta_slow);
+
+    return ggml_rope_set_offset(cur, n_offs);
 }

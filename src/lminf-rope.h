@@ -1,7 +1,8 @@
 // Rotation of stored keys: takes RoPE off a key, puts it on again at another position, or shifts it.
 //
 // The parameters are read from the RoPE node of the model's own graph, so that a key is re-placed with exactly what the
-// model rotated it with, for each layer (frequency base, scaling, factors, partial rotation, normal or NeoX order).
+// model rotated it with, for each layer (frequency base, scaling, factors, partial rotation, normal or NeoX order, sections of
+// M-RoPE, the rotary part of a latent key).
 // Called by lminf-kv-cache.cpp.
 
 #pragma once
@@ -21,15 +22,18 @@ struct lminf_rope {
     // Finds out how k_cur, as it is handed to the cache, was rotated. k_cur may have passed the cache's Hadamard rotation.
     static lminf_rope find(const ggml_tensor * k_cur);
 
-    // Each returns F32 [n_embd_head, n_head_kv, n] from the same; pos: I32 [n]. PLAIN layers return cur.
+    // Each returns F32 [n_embd_head, n_head_kv, n] from the same. PLAIN layers return cur.
+    // pos: I32 [n]; with M-RoPE I32 [4*n], as llama.cpp lays out the positions of text: three times [n], and zeros.
     ggml_tensor * unrotate(ggml_context * ctx, ggml_tensor * cur, ggml_tensor * neg_pos) const; // neg_pos = -position
     ggml_tensor * rotate  (ggml_context * ctx, ggml_tensor * cur, ggml_tensor * pos    ) const;
     ggml_tensor * shift   (ggml_context * ctx, ggml_tensor * cur, ggml_tensor * delta  ) const;
 
 private:
     int   n_dims      = 0;
+    int   n_offs      = 0; // the first dimension that is rotated
     int   mode        = 0;
     int   n_ctx_orig  = 0;
+    int   sections[GGML_MROPE_SECTIONS] = {};
     float freq_base   = 0.0f;
     float freq_scale  = 1.0f;
     float ext_factor  = 0.0f;
@@ -38,6 +42,8 @@ private:
     float beta_slow   = 0.0f;
 
     ggml_tensor * factors = nullptr; // a weight of the model, or none
+
+    void read(const ggml_tensor * rope);
 
     // YaRN also scales what it rotates; ggml multiplies this into attn_factor
     float yarn_magnitude() const;

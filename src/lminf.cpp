@@ -4,11 +4,13 @@
 
 #include "llama-context.h"
 #include "llama-impl.h"
+#include "llama-kv-cache-iswa.h"
+#include "llama-memory-hybrid-iswa.h"
+#include "llama-memory-hybrid.h"
 #include "llama-model.h"
 
 #include <algorithm>
-#include <optional>
-#include <stdexcept>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -19,9 +21,6 @@
 // what the last call on this thread said
 static thread_local lminf_status last_status = LMINF_STATUS_OK;
 static thread_local std::string  last_error;
-
-// the parameters of the context that lminf_init_from_model() is creating, for the hook in create_memory()
-static thread_local std::optional<lminf_params> params_pending;
 
 static lminf_status fail(lminf_status status, const std::string & message) {
     last_status = status;
@@ -59,29 +58,14 @@ static std::string unsupported_reason(const llama_model & model, const llama_con
     if (llm_arch_is_recurrent(model.arch)) {
         return "it is purely recurrent: its memory does not grow, there is nothing to bound";
     }
-    if (llm_arch_is_hybrid(model.arch)) {
-        return "it mixes recurrent and attention layers";
-    }
     if (llama_model_has_encoder(&model) || !hparams.causal_attn || llama_model_is_diffusion(&model)) {
         return "it is not a causal decoder: it reads its whole text at once";
     }
-    if (hparams.swa_type != LLAMA_SWA_TYPE_NONE) {
-        return "some of its layers have sliding windows of their own";
+    if (model.pos_embd) {
+        return "it has learned absolute positions, which end at the trained length";
     }
-    if (hparams.is_mla()) {
-        return "it has latent attention (MLA): its keys are not rotated as a whole";
-    }
-    if (hparams.use_alibi) {
-        return "it encodes positions with ALiBi instead of RoPE";
-    }
-    if (hparams.rope_type == LLAMA_ROPE_TYPE_NONE) {
-        return "it has no RoPE: learned absolute positions end at the trained length";
-    }
-    if (hparams.rope_type != LLAMA_ROPE_TYPE_NORM && hparams.rope_type != LLAMA_ROPE_TYPE_NEOX) {
-        return "its RoPE has several sections (M-RoPE)";
-    }
-    if (hparams.f_attn_temp_scale != 0.0f) {
-        return "its attention temperature depends on the absolute position";
+    if (hparams.rope_type == LLAMA_ROPE_TYPE_VISION) {
+        return "its RoPE is that of a vision model";
     }
     if (hparams.ple_n_heads > 0) {
         return "its input embeddings depend on the tokens before";
@@ -124,8 +108,8 @@ enum lminf_status lminf_resolve_params(
         return fail(LMINF_STATUS_CONFIG, "n_sink + n_window = " + str((uint64_t) p.n_sink + p.n_window) +
                 " is too large: with a trained context of " + str(n_train) + " tokens it can be at most " + str(n_visible_max));
     }
-    if (p.n_clamp > (1u << 30)) {
-        return fail(LMINF_STATUS_CONFIG, "n_clamp = " + str(p.n_clamp) + " is larger than 2^30");
+    if (p.n_clamp > (1u << 28)) {
+        return fail(LMINF_STATUS_CONFIG, "n_clamp = " + str(p.n_clamp) + " is larger than 2^28");
     }
     if (p.n_block > p.n_clamp) {
         return fail(LMINF_STATUS_CONFIG, "n_block = " + str(p.n_block) + " is larger than n_clamp = " + str(p.n_clamp));
@@ -151,34 +135,19 @@ enum lminf_status lminf_resolve_params(
 // context
 //
 
-static lminf_policy make_policy(const lminf_params & params, uint32_t n_ubatch) {
-    lminf_policy res;
-    res.n_sink     = params.n_sink;
-    res.n_window   = params.n_window;
-    res.n_clamp    = params.n_clamp;
-    res.n_block    = params.n_block;
-    res.n_rollback = params.n_rollback;
-    res.n_ubatch   = n_ubatch;
-    res.n_rebase   = params.n_rebase;
-    res.kept_order = params.sink_order == LMINF_SINK_ORDER_KEPT;
-    return res;
-}
-
-llama_memory_i * lminf_create_kv_cache(
-        const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams,
-        const llama_memory_i::layer_filter_cb & filter) {
-    if (!params_pending) {
-        return nullptr;
-    }
-    if (cparams.kv_unified && cparams.n_seq_max > 1) {
-        throw std::runtime_error("LM-Infinite keeps each sequence in cells of its own: kv_unified must be off");
-    }
-    return new lminf_kv_cache(model, params, cparams, *params_pending, make_policy(*params_pending, cparams.n_ubatch), filter);
-}
-
-// NULL if the context was not made with LM-Infinite
+// the KV cache of the full-attention layers, whatever memory holds it; NULL if the context was not made with LM-Infinite
 static lminf_kv_cache * get_kv_cache(const llama_context * ctx) {
-    return ctx ? dynamic_cast<lminf_kv_cache *>(llama_get_memory(ctx)) : nullptr;
+    llama_memory_i * memory = ctx ? llama_get_memory(ctx) : nullptr;
+
+    if (auto * hybrid = dynamic_cast<llama_memory_hybrid *>(memory)) {
+        memory = hybrid->get_mem_attn();
+    } else if (auto * hybrid_iswa = dynamic_cast<llama_memory_hybrid_iswa *>(memory)) {
+        memory = hybrid_iswa->get_mem_attn();
+    }
+    if (auto * iswa = dynamic_cast<llama_kv_cache_iswa *>(memory)) {
+        memory = iswa->get_base();
+    }
+    return dynamic_cast<lminf_kv_cache *>(memory);
 }
 
 static bool fail_if_not_castable(ggml_type type, const char * name) {
@@ -232,20 +201,25 @@ struct llama_context * lminf_init_from_model(
     cparams.n_ctx      = std::max(n_distance, n_batch)*cparams.n_seq_max;
     cparams.kv_unified = cparams.n_seq_max == 1;
 
-    params_pending = params;
+    auto group = std::make_shared<lminf_cache_group>();
+    group->params = params;
+
+    lminf_set_cache_group(group);
     llama_context * ctx = llama_init_from_model(model, cparams);
-    params_pending.reset();
+    lminf_set_cache_group(nullptr);
 
     if (!ctx) {
         fail(LMINF_STATUS_CONTEXT, "llama.cpp could not create the context; its log says why");
         return nullptr;
     }
 
-    const auto * kv = get_kv_cache(ctx);
-    if (!kv || !kv->rope_is_supported()) {
+    const bool rope_ok = std::all_of(group->caches.begin(), group->caches.end(), [](const lminf_kv_cache * kv) {
+        return kv->rope_is_supported();
+    });
+    if (!get_kv_cache(ctx) || !rope_ok) {
         llama_free(ctx);
         fail(LMINF_STATUS_UNSUPPORTED, "LM-Infinite does not support this model (" + model->arch_name() + "): " +
-                (kv ? "its keys are changed again after RoPE" : "it has a memory of its own kind"));
+                (rope_ok ? "it has a memory of its own kind" : "its keys are changed again after RoPE"));
         return nullptr;
     }
 
@@ -268,7 +242,7 @@ const char * lminf_last_error(void) {
 bool lminf_get_params(const struct llama_context * ctx, struct lminf_params * params) {
     const auto * kv = get_kv_cache(ctx);
     if (kv && params) {
-        *params = kv->get_params();
+        *params = kv->get_group().params;
     }
     return kv != nullptr;
 }
@@ -314,7 +288,9 @@ int32_t lminf_decode(
             fail(LMINF_STATUS_CONTEXT, "there is no sequence " + std::to_string(seq_id));
             return -1;
         }
-        kv->renumber(seq_id);
+        for (auto * cache : kv->get_group().caches) {
+            cache->renumber(seq_id);
+        }
     }
 
     std::vector<llama_token>    token(tokens, tokens + n_tokens);
@@ -348,8 +324,14 @@ const char * lminf_patch_id(void) {
 //
 
 bool lminf_test_set_position(struct llama_context * ctx, llama_seq_id seq_id, int64_t pos) {
-    auto * kv = get_kv_cache(ctx);
-    return kv && kv->has_seq(seq_id) && kv->set_position(seq_id, pos);
+    const auto * kv = get_kv_cache(ctx);
+    if (!kv || !kv->has_seq(seq_id) || !kv->can_set_position(seq_id, pos)) {
+        return false;
+    }
+    for (auto * cache : kv->get_group().caches) {
+        cache->set_position(seq_id, pos);
+    }
+    return true;
 }
 
 size_t lminf_test_get_key(

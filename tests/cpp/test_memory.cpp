@@ -214,6 +214,67 @@ static void test_removal(llama_model * model) {
     CHECK(difference(eval(ctx.get(), tokens, 300, 340), next) < 1e-4f);
 }
 
+// A copied sequence goes on as the first one does, sink tokens and all, and apart from it
+static void test_copies(llama_model * model, ggml_type type) {
+    options opts;
+    opts.n_seq_max  = 3;
+    opts.type       = type;
+    opts.flash_attn = type != GGML_TYPE_F32;
+    const auto     ctx    = make_context(model, opts);
+    llama_memory_t mem    = llama_get_memory(ctx.get());
+    const tokens_t tokens = make_tokens(300, 11);
+    const tokens_t other  = make_tokens(300, 12);
+
+    eval(ctx.get(), other, 0, 30, 1); // what the copy replaces
+    eval(ctx.get(), tokens, 0, 200, 0);
+    llama_memory_seq_cp(mem, 0, 1, -1, -1);
+    llama_memory_seq_cp(mem, 0, 2, 0, 190); // without the tail
+    CHECK(lminf_n_past(ctx.get(), 1) == 200 && lminf_n_past(ctx.get(), 2) == 190);
+
+    const logits_t expected = eval(ctx.get(), tokens, 200, 300, 0);
+    eval(ctx.get(), other, 200, 280, 2);
+    CHECK(difference(eval(ctx.get(), tokens, 200, 300, 1), expected) == 0.0f);
+
+    llama_memory_seq_keep(mem, 1);
+    CHECK(lminf_n_past(ctx.get(), 0) == 0 && lminf_n_past(ctx.get(), 1) == 300 && lminf_n_past(ctx.get(), 2) == 0);
+}
+
+// A saved sequence goes on bit for bit, in this context, in another one and as another sequence; damage is noticed
+static void test_states(llama_model * model, ggml_type type, bool flash_attn) {
+    options opts;
+    opts.n_seq_max  = 2;
+    opts.type       = type;
+    opts.flash_attn = flash_attn;
+    const tokens_t tokens = make_tokens(300, 13);
+
+    for (const size_t n : { 2, 10, 200 }) {
+        const auto ctx = make_context(model, opts);
+        eval(ctx.get(), tokens, 0, n);
+
+        std::vector<uint8_t> all(llama_state_get_size(ctx.get()));
+        CHECK(llama_state_get_data(ctx.get(), all.data(), all.size()) == all.size());
+        std::vector<uint8_t> one(llama_state_seq_get_size(ctx.get(), 0));
+        CHECK(llama_state_seq_get_data(ctx.get(), one.data(), one.size(), 0) == one.size());
+
+        const logits_t expected = eval(ctx.get(), tokens, n, 300);
+
+        const auto fresh = make_context(model, opts);
+        CHECK(llama_state_set_data(fresh.get(), all.data(), all.size()) == all.size());
+        CHECK(difference(eval(fresh.get(), tokens, n, 300), expected) == 0.0f);
+        CHECK(llama_state_seq_set_data(fresh.get(), one.data(), one.size(), 1) == one.size());
+        CHECK(difference(eval(fresh.get(), tokens, n, 300, 1), expected) == 0.0f);
+
+        options different   = opts;
+        different.n_ubatch  = 32;
+        const auto mismatch = make_context(model, different);
+        CHECK(llama_state_seq_set_data(mismatch.get(), one.data(), one.size(), 0) == 0);
+        CHECK(llama_state_seq_set_data(fresh.get(), one.data(), one.size()/2, 0) == 0);
+        one[200] ^= 0xff; // among the bookkeeping
+        llama_state_seq_set_data(fresh.get(), one.data(), one.size(), 0);
+        eval(fresh.get(), tokens, 0, 100, 1); // the other sequence works on
+    }
+}
+
 static void test_refusals(llama_model * model) {
     options opts;
     opts.n_seq_max = 2;
@@ -224,7 +285,7 @@ static void test_refusals(llama_model * model) {
 
     llama_memory_seq_add(mem, 0, 0, -1, 5);
     llama_memory_seq_div(mem, 0, 0, -1, 2);
-    llama_memory_seq_cp (mem, 0, 1, -1, -1);
+    llama_memory_seq_cp (mem, 0, 1, 50, -1);
     CHECK(!llama_memory_can_shift(mem));
     CHECK(lminf_n_past(ctx.get(), 0) == 100 && lminf_n_past(ctx.get(), 1) == 0);
     CHECK(difference(eval(ctx.get(), tokens, 100, 150), [&]() {
@@ -334,6 +395,11 @@ int main() {
         test_rebase(model.get(), GGML_TYPE_F16, 24);
         test_sequences(model.get());
         test_removal(model.get());
+        test_copies(model.get(), GGML_TYPE_F32);
+        test_copies(model.get(), GGML_TYPE_F16);
+        test_states(model.get(), GGML_TYPE_F32, false);
+        test_states(model.get(), GGML_TYPE_F16, false);
+        test_states(model.get(), GGML_TYPE_F16, true);
         test_refusals(model.get());
         test_abort(model.get());
         test_far_positions(model.get());

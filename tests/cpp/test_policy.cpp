@@ -17,6 +17,8 @@ static lminf_policy make(int64_t S, int64_t W, int64_t L, int64_t B, int64_t n_u
     res.n_ubatch   = n_ubatch;
     res.n_rollback = n_rollback;
     res.n_rebase   = 1000;
+    res.n_pinned   = S;
+    res.n_reach    = W;
     return res;
 }
 
@@ -63,7 +65,6 @@ static void test_far_positions() {
     CHECK(policy.visible(p, p - 2047));
     CHECK(!policy.visible(p, p - 2048));
     CHECK(policy.visible(p, 3));
-    CHECK(policy.ring_cell(p) >= policy.n_sink_cells() && policy.ring_cell(p) < policy.n_cells());
 }
 
 // distances that a query sees are at most max(L, W - 1), and true for all but far sink tokens
@@ -87,59 +88,52 @@ static void test_distances(const lminf_policy & policy) {
     }
 }
 
-// Streams in micro-batches of random sizes: every key that a query sees is in its cell, whatever was written since
-static void test_cells(const lminf_policy & policy) {
-    std::map<int64_t, int64_t> stored; // cell -> position
-
-    for (int64_t p0 = 0; p0 < 2000;) {
-        const int64_t n = 1 + rand() % policy.n_ubatch;
-
-        for (int64_t p = p0; p < p0 + n; ++p) {
-            const int64_t cell = policy.cell(p);
-            CHECK(cell >= 0 && cell < policy.n_cells());
-            CHECK((p < policy.n_sink) == (cell < policy.n_sink_cells()));
-            stored[cell] = p;
-        }
-        // blocks of one micro-batch that need different copies have different copies
+// blocks of one micro-batch that need different copies have different copies
+static void test_copies(const lminf_policy & policy) {
+    for (int64_t p0 = 0; p0 < 300; ++p0) {
         std::map<int64_t, int64_t> shift_of;
-        for (int64_t p = p0; p < p0 + n; ++p) {
+        for (int64_t p = p0; p < p0 + policy.n_ubatch; ++p) {
             const int64_t copy = policy.copy(p);
             CHECK(copy >= 0 && copy < policy.n_copies());
-            const auto it = shift_of.emplace(copy, policy.sink_shift(p)).first;
-            CHECK(it->second == policy.sink_shift(p));
-        }
-        for (int64_t p = p0; p < p0 + n; ++p) {
-            for (int64_t j = 0; j <= p; ++j) {
-                if (policy.visible(p, j)) {
-                    CHECK(stored.at(policy.cell(j)) == j);
-                }
-            }
-        }
-        p0 += n;
-
-        // undoing this micro-batch and n_rollback tokens more loses nothing either
-        const int64_t n_keep = std::max<int64_t>(0, p0 - n - policy.n_rollback);
-        CHECK(policy.can_cut(n_keep, p0, p0));
-        for (int64_t j = policy.window_begin(n_keep); j < n_keep; ++j) {
-            CHECK(stored.at(policy.cell(j)) == j);
+            CHECK(shift_of.emplace(copy, policy.sink_shift(p)).first->second == policy.sink_shift(p));
         }
     }
 }
 
-static void test_can_cut() {
+static void test_chunks() {
+    lminf_policy policy = make(0, 8, 8, 1);
+    policy.chunked = true;
+
+    CHECK(policy.window_begin(7) == 0);
+    CHECK(policy.window_begin(8) == 8);
+    CHECK(policy.visible(15, 8) && !policy.visible(15, 7) && !policy.visible(16, 15));
+    CHECK(policy.evict_before(20) == 8); // with n_rollback = 5: as query 15 sees it
+}
+
+static void test_alibi() {
+    lminf_policy policy = make(2, 8, 8, 1);
+    policy.alibi = true;
+
+    CHECK(policy.n_copies() == 1 && policy.copy(1000) == 0);
+    CHECK(policy.distance(1000, 0) == 8 && policy.distance(1000, 1) == 8); // the clamped bias
+    CHECK(policy.distance(1000, 995) == 5);
+    CHECK(policy.distance(5, 0) == 5);
+}
+
+static void test_evict_and_cut() {
     const lminf_policy policy = make(4, 100, 100, 1);
 
-    CHECK(policy.can_cut(0, 50, 50));
-    CHECK(policy.can_cut(50, 50, 50));
-    CHECK(!policy.can_cut(51, 50, 50));
-    CHECK(!policy.can_cut(-1, 50, 50));
+    CHECK(policy.evict_before(0) == 4);
+    CHECK(policy.evict_before(1000) == 1000 - 5 - 100 + 1); // what query 995 sees stays
 
-    const int64_t n = 10000;
-    CHECK(policy.can_cut(n - 5, n, n));
-    CHECK(policy.can_cut(n - policy.n_ring() + 99, n, n)); // the oldest key needed is the oldest one stored
-    CHECK(!policy.can_cut(n - policy.n_ring() + 98, n, n));
-    CHECK(policy.can_cut(4, n, n)); // down to the sink tokens
-    CHECK(!policy.can_cut(n - 5, n - 4, n + 1000)); // more was written before
+    CHECK(policy.can_cut(0, 50, 4));
+    CHECK(policy.can_cut(50, 50, 4));
+    CHECK(!policy.can_cut(51, 50, 4));
+    CHECK(!policy.can_cut(-1, 50, 4));
+
+    CHECK(policy.can_cut(995, 1000, policy.evict_before(1000)));
+    CHECK(!policy.can_cut(994, 1000, policy.evict_before(1000)));
+    CHECK(policy.can_cut(4, 1000, policy.evict_before(1000))); // down to the sink tokens
 }
 
 static void test_rebase(const lminf_policy & policy) {
@@ -150,8 +144,8 @@ static void test_rebase(const lminf_policy & policy) {
         const int64_t next = policy.base(p0, p0 + n - 1, base);
         if (next != base) {
             CHECK(next > base && next % policy.n_block == 0);
-            CHECK(p_last == 0 || p0 - p_last >= policy.n_ring()); // no key lives through two
-            CHECK(p0 - policy.n_window - policy.n_rollback >= next - policy.n_block);
+            CHECK(p_last == 0 || policy.evict_before(p0) >= p_last); // no key lives through two
+            CHECK(next <= policy.evict_before(p0));
             p_last = p0;
             base   = next;
         }
@@ -166,7 +160,9 @@ int main() {
     test_visible();
     test_clamp();
     test_far_positions();
-    test_can_cut();
+    test_evict_and_cut();
+    test_chunks();
+    test_alibi();
 
     srand(1);
     for (const int64_t S : { 0, 1, 4, 16 }) {
@@ -174,8 +170,8 @@ int main() {
             for (const int64_t L : { 8, 40, 64, 100 }) {
                 for (const int64_t B : { 1, 3, 8 }) {
                     test_distances(make(S, W, L, B));
-                    test_cells(make(S, W, L, B, 1));
-                    test_cells(make(S, W, L, B, 37));
+                    test_copies(make(S, W, L, B, 1));
+                    test_copies(make(S, W, L, B, 37));
                     test_rebase(make(S, W, L, B, 37));
                 }
             }

@@ -1,0 +1,19 @@
+// What the patch (patches/) calls. Included by llama.cpp's own files, so it says nothing of ours but this.
+
+#pragma once
+
+#include "llama-cparams.h"
+#include "llama-kv-cache.h"
+
+#include <memory>
+
+// Called before the memory of a context is made.
+void lminf_begin_memory(const llama_cparams & cparams);
+
+// Takes the place of llama_kv_cache's constructor wherever the KV cache of a model's layers is made: an lminf_kv_cache if the
+// context being created is to have LM-Infinite, else llama.cpp's own. Throws if that cannot be.
+std::unique_ptr<llama_kv_cache> lminf_make_kv_cache(
+        const llama_model & model, const llama_hparams & hparams, ggml_type type_k, ggml_type type_v, bool v_trans,
+        bool offload, bool unified, uint32_t kv_size, uint32_t n_seq_max, uint32_t n_pad, uint32_t n_swa,
+        llama_swa_type swa_type, llama_memory_t mem_other, const llama_memory_i::layer_filter_cb & filter,
+        const llama_memory_i::layer_reuse_cb & reuse, const llama_memory_i::layer_share_cb & share);

@@ -1,0 +1,80 @@
+// Bookkeeping of one sequence in one cache: its length, which cell holds which key, what each copy of the sink tokens holds.
+//
+// Carries out lminf_policy's decisions and knows nothing of tensors or llama.cpp; lminf-kv-cache.cpp moves the data.
+// tests/cpp/test_lifetime.cpp drives it through 200 million tokens.
+
+#pragma once
+
+#include "lminf-policy.h"
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+class lminf_sequence {
+public:
+    // what one copy of the sink tokens holds: n_k keys placed for this shift and base, n_v values
+    struct sink_copy {
+        int64_t shift = 0;
+        int64_t base  = 0;
+        int64_t n_k   = 0;
+        int64_t n_v   = 0;
+    };
+
+    explicit lminf_sequence(const lminf_policy & policy);
+
+    int64_t n_past = 0; // logical position of the next token
+    int64_t origin = 0; // logical position - llama_pos
+    int64_t base   = 0; // logical position - physical position
+
+    int64_t n_placements = 0;
+    int64_t n_rebases    = 0;
+
+    std::vector<sink_copy> copies; // [n_copies]
+
+    // The next n tokens (at most n_ubatch) are stored: evicts what they do not need, returns their cells.
+    std::vector<uint32_t> append(int64_t n);
+
+    // The removals that are exact: the tail, as far back as everything that the next queries see is still stored; the oldest
+    // part of the window behind the pinned tokens. Empty ranges are allowed too. Positions are logical, [j0, j1).
+    bool can_remove(int64_t j0, int64_t j1) const;
+    void remove    (int64_t j0, int64_t j1); // after can_remove()
+
+    // goes on at this position with the sink tokens alone (test hook)
+    void set_position(int64_t pos);
+
+    // key j was not forgotten on purpose; visible() says whether query p sees it
+    bool is_kept(int64_t j) const { return j >= oldest || j < policy->n_pinned; }
+    bool visible(int64_t p, int64_t j) const { return policy->visible(p, j) && is_kept(j); }
+
+    int64_t key_at  (int64_t cell) const; // position of the key that a cell of the ring holds, -1 for none
+    int64_t cell_of (int64_t j)    const; // -1 if key j is not stored
+    int64_t n_used  ()             const; // cells up to the last one that holds a key
+
+    // keys in the ring that the next query, or one after a rollback, may see
+    template <typename F>
+    void for_each_key(F && f) const { // f(position, cell)
+        for (size_t i = 0; i < ring.size(); ++i) {
+            if (ring[i] >= n_evicted && is_kept(ring[i])) {
+                f(ring[i], policy->n_sink_cells() + (int64_t) i);
+            }
+        }
+    }
+
+    // tokens that the next query sees at most: sink tokens, window keys
+    int64_t n_sinks () const;
+    int64_t n_window() const;
+
+    // Everything as numbers, and back. load() returns false, and changes nothing, if the numbers cannot come from save() of a
+    // sequence with this policy.
+    std::vector<int64_t> save() const;
+    bool load(const std::vector<int64_t> & data);
+
+private:
+    const lminf_policy * policy;
+
+    int64_t n_evicted = 0; // window keys below this may have been overwritten
+    int64_t oldest    = 0; // window keys below this were forgotten on purpose
+
+    std::vector<int64_t> ring; // [n_ring] position of the key in each cell, -1 for none
+};

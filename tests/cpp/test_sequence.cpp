@@ -1,0 +1,185 @@
+// The bookkeeping of a sequence without a model: every key that a query may see is in its cell, whatever happened before,
+// through streams in micro-batches of random sizes, removals, and a lifetime of 200 million tokens.
+
+#include "check.h"
+#include "lminf-sequence.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+
+static lminf_policy make(int64_t S, int64_t W, int64_t B, int64_t n_ubatch, int64_t n_rollback = 5) {
+    lminf_policy res;
+    res.n_sink     = S;
+    res.n_window   = W;
+    res.n_clamp    = std::max(W, B);
+    res.n_block    = B;
+    res.n_ubatch   = n_ubatch;
+    res.n_rollback = n_rollback;
+    res.n_rebase   = 1000;
+    res.n_pinned   = S;
+    res.n_reach    = W;
+    return res;
+}
+
+// A stream and the keys that were written where: the memory that the sequence describes
+struct stream {
+    const lminf_policy & policy;
+    lminf_sequence       seq;
+    std::vector<int64_t> cells;
+
+    int64_t forgotten = 0;
+    int64_t p_high    = 0; // the last position at which a micro-batch began
+
+    explicit stream(const lminf_policy & policy) : policy(policy), seq(policy), cells(policy.n_cells(), -1) {
+    }
+
+    void append(int64_t n) {
+        const int64_t p0 = seq.n_past;
+
+        p_high = std::max(p_high, p0);
+
+        const auto ids = seq.append(n);
+        CHECK((int64_t) ids.size() == n && seq.n_past == p0 + n);
+        for (int64_t i = 0; i < n; ++i) {
+            CHECK((p0 + i < policy.n_sink) == (ids[i] < policy.n_sink_cells()));
+            cells.at(ids[i]) = p0 + i;
+        }
+        check(p0, p0 + n);
+    }
+
+    // what queries [p0, p1) see is stored, once
+    void check(int64_t p0, int64_t p1) const {
+        for (int64_t j = policy.window_begin(p0); j < p1; ++j) {
+            const int64_t cell = seq.cell_of(j);
+            if (j < forgotten && j >= policy.n_pinned) {
+                CHECK(cell == -1);
+            } else {
+                CHECK(cell >= 0 && cells[cell] == j && seq.key_at(cell) == j);
+            }
+        }
+        for (int64_t j = 0; j < std::min(policy.n_sink, p1); ++j) {
+            CHECK(cells[seq.cell_of(j)] == j);
+        }
+        CHECK(seq.n_used() <= policy.n_cells());
+    }
+};
+
+static void test_stream(const lminf_policy & policy) {
+    stream s(policy);
+
+    for (int i = 0; i < 200; ++i) {
+        s.append(1 + rand() % policy.n_ubatch);
+
+        const int64_t n_past = s.seq.n_past;
+
+        // an aborted micro-batch is undone, and then as many tokens as promised
+        if (i % 3 == 0) {
+            s.append(1 + rand() % policy.n_ubatch);
+            const int64_t n_keep = std::min(n_past, std::max<int64_t>(0, s.p_high - rand() % (policy.n_rollback + 1)));
+            CHECK(s.seq.can_remove(n_keep, s.seq.n_past));
+            s.seq.remove(n_keep, s.seq.n_past);
+            CHECK(s.seq.n_past == n_keep);
+            s.forgotten = std::min(s.forgotten, std::max(n_keep, policy.n_pinned));
+            s.check(n_keep, n_keep);
+        }
+        // the oldest part of the window is forgotten on purpose
+        if (i % 7 == 0 && s.seq.n_past > policy.n_pinned + 1) {
+            const int64_t x = std::max(policy.n_pinned, s.seq.n_past - policy.n_window/2 - 1);
+            CHECK(s.seq.can_remove(policy.n_pinned, x));
+            s.seq.remove(policy.n_pinned, x);
+            s.forgotten = std::max(s.forgotten, x);
+            CHECK(x >= s.seq.n_past || s.seq.n_window() <= s.seq.n_past - x + policy.n_pinned);
+        }
+    }
+    CHECK(s.seq.can_remove(0, s.seq.n_past));
+    s.seq.remove(0, s.seq.n_past);
+    CHECK(s.seq.n_past == 0 && s.seq.n_window() == 0 && s.seq.n_used() == policy.n_sink_cells());
+}
+
+static void test_refusals() {
+    const lminf_policy policy = make(4, 100, 1, 8);
+
+    lminf_sequence seq(policy);
+    for (int i = 0; i < 1000; ++i) {
+        seq.append(1);
+    }
+    CHECK(!seq.can_remove(900, 1000)); // beyond the slack
+    CHECK(!seq.can_remove(950, 980));  // from the middle
+    CHECK(!seq.can_remove(0, 980));    // with the sink tokens
+    CHECK(seq.can_remove(1000, 2000) && seq.can_remove(7, 7));
+    CHECK(seq.can_remove(4, 980) && seq.can_remove(900, 980));
+}
+
+// One token at a time, the keys stay in W + n_rollback cells: few for attention to look at
+static void test_compact() {
+    const lminf_policy policy = make(4, 2048, 64, 512, 128);
+
+    lminf_sequence seq(policy);
+    for (int i = 0; i < 20000; ++i) {
+        seq.append(1);
+    }
+    CHECK(seq.n_used() == policy.n_sink_cells() + 2048 + 128);
+}
+
+// The paper's 200 million tokens: rebases, evictions and cells, with the invariants after every block
+static void test_lifetime(int64_t n_tokens) {
+    const lminf_policy policy = make(4, 256, 64, 64, 16);
+
+    stream s(policy);
+    int64_t n_rebases = 0;
+    int64_t p_rebase  = 0;
+
+    while (s.seq.n_past < n_tokens) {
+        const int64_t p0 = s.seq.n_past;
+
+        const int64_t base = policy.base(p0, p0 + policy.n_block - 1, s.seq.base);
+        if (base != s.seq.base) {
+            CHECK(base > s.seq.base && base % policy.n_block == 0);
+            CHECK(n_rebases == 0 || policy.evict_before(p0) >= p_rebase);
+            p_rebase   = p0;
+            s.seq.base = base;
+            n_rebases++;
+        }
+        const auto ids = s.seq.append(policy.n_block);
+        for (int64_t i = 0; i < policy.n_block; ++i) {
+            s.cells[ids[i]] = p0 + i;
+        }
+        for (const int64_t j : { policy.window_begin(p0), (policy.window_begin(p0) + p0) / 2, p0, p0 + policy.n_block - 1 }) {
+            if (j < s.seq.n_past) {
+                CHECK(s.cells[s.seq.cell_of(j)] == j);
+            }
+        }
+        CHECK(s.seq.n_past - s.seq.base <= policy.rebase_limit());
+        CHECK(policy.distance(p0, 0) <= policy.n_clamp);
+        if (p0 % (1 << 20) == 0) {
+            s.check(p0, s.seq.n_past);
+        }
+    }
+    CHECK(n_rebases > n_tokens/policy.rebase_limit());
+}
+
+int main(int argc, char ** argv) {
+    test_refusals();
+    test_compact();
+
+    srand(1);
+    for (const int64_t S : { 0, 1, 4, 16 }) {
+        for (const int64_t W : { 1, 8, 40, 64 }) {
+            for (const int64_t B : { 1, 3, 8 }) {
+                test_stream(make(S, W, B, 1));
+                test_stream(make(S, W, B, 37));
+            }
+            lminf_policy sliding = make(0, W, 1, 37);
+            sliding.n_pinned = S;
+            sliding.chunked  = S % 4 == 1;
+            test_stream(sliding);
+        }
+    }
+    const bool quick = argc > 1 && strcmp(argv[1], "--quick") == 0;
+    test_lifetime(quick ? 2000000 : 200000000);
+
+    printf("%d failed\n", n_failed);
+    return n_failed != 0;
+}
