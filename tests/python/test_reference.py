@@ -106,16 +106,18 @@ class TestTokenStream:
         model = TinyModel(head_32.path, replace(head_32.shape, n_layer=1), one_layer).transformer
         tokens = random_tokens(12, seed=3)
 
-        embedded = model.embed(tokens)
-        queries, keys, values = model.queries_keys_values(0, embedded)
-        attended = np.zeros((len(tokens), model.n_head, model.head_size))
-        for query, head in np.ndindex(len(tokens), model.n_head):
-            kv_head = head * model.n_head_kv // model.n_head
+        embedded, rotation, n_head, head_size = model.embed(tokens), model.rotation(0), 4, 32
+        queries = rotation.pairs(model.queries(0, embedded))
+        key_components, values = model.keys_values(0, embedded)
+        keys = rotation.pairs(key_components)
+        attended = np.zeros((len(tokens), n_head, head_size))
+        for query, head in np.ndindex(len(tokens), n_head):
+            kv_head = head // 2
             seen = visible_keys(attention, query)
             at = attention.effective_position(np.array(query), np.array(seen))
-            turned_query = rotated(queries[query, head], query, model.rope_frequencies)
+            turned_query = rotated(queries[query, head], query, rotation.frequencies)
             scores = [
-                turned_query @ rotated(keys[key, kv_head], position, model.rope_frequencies) / np.sqrt(model.head_size)
+                turned_query @ rotated(keys[key, kv_head], position, rotation.frequencies) / np.sqrt(head_size)
                 for key, position in zip(seen, at, strict=True)
             ]
             weights = np.exp(scores) / np.exp(scores).sum()

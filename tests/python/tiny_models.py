@@ -1,24 +1,25 @@
-"""Tiny random models in GGUF: seeded, a few hundred kilobytes, with attention sharp enough to notice a wrong mask.
-
-The weights are drawn so that attention scores have a standard deviation of about two and the attention output weighs as
-much as the token embedding: one key too many or one RoPE distance off by one then moves the logits visibly.
-"""
+"""Tiny random models in GGUF: seeded, a few hundred kilobytes; of any kind that `TinyShape` can describe."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
 import numpy.typing as npt
 
-from reference import Transformer
+from reference import Architecture, Layer, Rope, Transformer
+from tiny_tensors import Tensors, random_tensors
 
 Weights = dict[str, npt.NDArray[np.float32]]
-"""Weight matrices by GGUF tensor name, each of shape [n_out, n_in]; norms are vectors."""
+"""Weight matrices by GGUF tensor name, each of shape [n_out, n_in]; norms and biases are vectors."""
+
+MetadataValue = bool | int | float | str | Sequence[bool] | Sequence[int]
+"""An entry of a GGUF file; whole numbers are written as 32-bit ones."""
 
 _SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 _MERGES = ("Ġ t", "h e", "Ġ a", "i n", "Ġt he")
@@ -35,8 +36,18 @@ N_VOCAB = len(_SPECIAL_TOKENS) + 256 + len(_MERGES)
 
 @dataclass(frozen=True)
 class TinyShape:
-    """Hyperparameters of a tiny llama-architecture model."""
+    """What a tiny model is, weights apart. The defaults are a llama model's.
 
+    Attributes:
+        arch: llama.cpp's name of the architecture.
+        n_rot: Rotated components of a head, for the file and for layers that are not given.
+        layers: What each layer does to positions. None: n_layer layers with RoPE and full attention.
+        features: Further arguments of `Architecture`.
+        tensors: Which tensors there are.
+        metadata: Further entries of the file, without the architecture's prefix.
+    """
+
+    arch: str = "llama"
     n_layer: int = 2
     n_head: int = 4
     n_head_kv: int = 2
@@ -44,12 +55,42 @@ class TinyShape:
     n_ff: int = 128
     n_ctx_train: int = 256
     rope_freq_base: float = 10000.0
-    rms_norm_eps: float = 1e-5
+    norm_eps: float = 1e-5
     tied_embeddings: bool = False
+    n_rot: int = -1
+    layers: tuple[Layer, ...] | None = None
+    features: Mapping[str, Any] = field(default_factory=dict)
+    tensors: Tensors = field(default_factory=Tensors)
+    metadata: Mapping[str, MetadataValue] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.n_rot < 0:
+            object.__setattr__(self, "n_rot", self.head_size)
+        if self.layers is not None:
+            object.__setattr__(self, "n_layer", len(self.layers))
 
     @property
     def n_embd(self) -> int:
         return self.n_head * self.head_size
+
+    @cached_property
+    def architecture(self) -> Architecture:
+        """The same kind of model for the reference."""
+        plain = (Layer(Rope(self.n_rot, self.rope_freq_base)),) * self.n_layer
+        return Architecture(
+            self.n_head, self.n_head_kv, self.layers or plain, self.n_ctx_train, norm_eps=self.norm_eps, **self.features
+        )
+
+    def head_size_of(self, layer: int) -> int:
+        """Components of a head, which sliding layers may have fewer of."""
+        is_sliding = self.architecture.layers[layer].view is not None
+        swa_size = self.metadata.get("attention.key_length_swa", self.head_size)
+        assert isinstance(swa_size, int)
+        return swa_size if is_sliding else self.head_size
+
+    def has_convolution(self, layer: int) -> bool:
+        """Whether the layer is a short convolution instead of attention: every other layer, from the first on."""
+        return self.tensors.n_convolution > 0 and layer % 2 == 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,13 +104,7 @@ class TinyModel:
     @cached_property
     def transformer(self) -> Transformer:
         """The same model for the reference."""
-        return Transformer(
-            self.weights,
-            n_head=self.shape.n_head,
-            n_head_kv=self.shape.n_head_kv,
-            rope_freq_base=self.shape.rope_freq_base,
-            rms_norm_eps=self.shape.rms_norm_eps,
-        )
+        return Transformer(self.weights, self.shape.architecture)
 
 
 HEAD_32 = TinyShape()
@@ -89,7 +124,7 @@ def write_tiny_model(path: Path, shape: TinyShape, *, seed: int, weight_type: st
         path: The GGUF file to write.
         shape: Hyperparameters.
         seed: Seed of the weights.
-        weight_type: Type of the weight matrices, "f32" or "f16". Norms are F32, as in every GGUF file.
+        weight_type: Type of the weight matrices, "f32" or "f16". All else is F32, as in every GGUF file.
 
     Returns:
         The model with its weights as F32.
@@ -97,10 +132,10 @@ def write_tiny_model(path: Path, shape: TinyShape, *, seed: int, weight_type: st
     matrix_type = {"f32": np.float32, "f16": np.float16}[weight_type]
     weights = {
         name: tensor.astype(matrix_type).astype(np.float32) if tensor.ndim == 2 else tensor
-        for name, tensor in _random_tensors(shape, np.random.default_rng(seed))
+        for name, tensor in random_tensors(shape, N_VOCAB, np.random.default_rng(seed))
     }
 
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, shape.arch)
     _add_hyperparameters(writer, shape, weight_type)
     _add_tokenizer(writer)
     for name, tensor in weights.items():
@@ -118,47 +153,36 @@ def random_tokens(n_tokens: int, *, seed: int) -> list[int]:
     return tokens
 
 
-def _random_tensors(shape: TinyShape, rng: np.random.Generator) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
-    def matrix(n_out: int, n_in: int, gain: float) -> npt.NDArray[np.float32]:
-        return rng.normal(0.0, gain / np.sqrt(n_in), (n_out, n_in)).astype(np.float32)
-
-    def norm(gain: float = 1.0) -> npt.NDArray[np.float32]:
-        return (gain * rng.uniform(0.8, 1.2, shape.n_embd)).astype(np.float32)
-
-    n_embd, n_embd_kv = shape.n_embd, shape.n_head_kv * shape.head_size
-    # A query or key of gain g has components of deviation g, so their scaled product has deviation g * g.
-    yield "token_embd.weight", rng.normal(0.0, 1.0, (N_VOCAB, n_embd)).astype(np.float32)
-    for layer in range(shape.n_layer):
-        block = f"blk.{layer}"
-        yield f"{block}.attn_norm.weight", norm()
-        yield f"{block}.attn_q.weight", matrix(n_embd, n_embd, 1.4)
-        yield f"{block}.attn_k.weight", matrix(n_embd_kv, n_embd, 1.4)
-        yield f"{block}.attn_v.weight", matrix(n_embd_kv, n_embd, 1.0)
-        yield f"{block}.attn_output.weight", matrix(n_embd, n_embd, 1.5)
-        yield f"{block}.ffn_norm.weight", norm()
-        yield f"{block}.ffn_gate.weight", matrix(shape.n_ff, n_embd, 1.0)
-        yield f"{block}.ffn_up.weight", matrix(shape.n_ff, n_embd, 1.0)
-        yield f"{block}.ffn_down.weight", matrix(n_embd, shape.n_ff, 0.7)
-    if shape.tied_embeddings:
-        yield "output_norm.weight", norm(1.0 / np.sqrt(n_embd))
-    else:
-        yield "output_norm.weight", norm()
-        yield "output.weight", matrix(N_VOCAB, n_embd, 1.0)
-
-
 def _add_hyperparameters(writer: gguf.GGUFWriter, shape: TinyShape, weight_type: str) -> None:
-    writer.add_name("tiny random llama")
+    writer.add_name("tiny random model")  # llama.cpp treats some names in a special way
     writer.add_context_length(shape.n_ctx_train)
     writer.add_embedding_length(shape.n_embd)
     writer.add_block_count(shape.n_layer)
     writer.add_feed_forward_length(shape.n_ff)
     writer.add_head_count(shape.n_head)
-    writer.add_head_count_kv(shape.n_head_kv)
-    writer.add_rope_dimension_count(shape.head_size)
+    if "attention.head_count_kv" not in shape.metadata:
+        writer.add_head_count_kv(shape.n_head_kv)
+    writer.add_rope_dimension_count(shape.n_rot)
     writer.add_rope_freq_base(shape.rope_freq_base)
-    writer.add_layer_norm_rms_eps(shape.rms_norm_eps)
+    writer.add_layer_norm_rms_eps(shape.norm_eps)
+    writer.add_layer_norm_eps(shape.norm_eps)
     writer.add_vocab_size(N_VOCAB)
+    for key, value in shape.metadata.items():
+        _add_entry(writer, f"{shape.arch}.{key}", value)
     writer.add_file_type(gguf.LlamaFileType.ALL_F32 if weight_type == "f32" else gguf.LlamaFileType.MOSTLY_F16)
+
+
+def _add_entry(writer: gguf.GGUFWriter, key: str, value: MetadataValue) -> None:
+    if isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, int):
+        writer.add_uint32(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    elif isinstance(value, str):
+        writer.add_string(key, value)
+    else:
+        writer.add_array(key, value)
 
 
 def _add_tokenizer(writer: gguf.GGUFWriter) -> None:
