@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
+from lminf_edge import Llama, LMInfConfig, UnsupportedModelError
 from parity import TOLERANCE, assert_close, evaluated, expected, pieces, stream_of
 from reference import FULL_ATTENTION, Attention, TokenStream, Transformer
-from tiny_families import ALIBI, FAMILIES, N_SWA, SLIDING_AND_FULL
+from tiny_families import ALIBI, FAMILIES, N_SWA, REFUSED, SLIDING_AND_FULL
 from tiny_models import TinyModel, random_tokens, write_tiny_model
+from tiny_others import write_other_model
 
 if TYPE_CHECKING:
     from conftest import OpenLlama
@@ -224,6 +226,32 @@ class TestSensitivity:
         other = Transformer(family.weights, replace(family.shape.architecture, layers=layers))
         moved = np.abs(TokenStream(other).eval(tokens) - expected(family, FULL_ATTENTION, tokens)).max()
         assert moved > 10 * TOLERANCE if family.shape.arch != "llama4" else moved == 0.0
+
+
+class TestRefused:
+    """Llama() says which model it does not support, and why, before anything is computed."""
+
+    @pytest.mark.parametrize(
+        ("name", "reason"),
+        [
+            ("gpt2", "learned"),
+            ("mpt-with-positions", "learned"),
+            ("dream", "causal|diffusion"),
+            ("mamba", "recurrent"),
+            ("rwkv6", "recurrent"),
+            ("bert", "encoder"),
+            ("t5", "encoder"),
+        ],
+    )
+    def test_the_reason_is_named(self, tmp_path: Path, name: str, reason: str) -> None:
+        path = tmp_path / f"{name}.gguf"
+        if name in REFUSED:
+            write_tiny_model(path, REFUSED[name], seed=1)
+        else:
+            write_other_model(path, name)
+        with pytest.raises(UnsupportedModelError, match=reason) as raised:
+            Llama(path, lminf=LMInfConfig(n_sink=4, n_window=16))
+        assert name.split("-")[0] in str(raised.value)
 
 
 def deviation(model: TinyModel, wrong: Attention) -> float:

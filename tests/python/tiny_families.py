@@ -1,4 +1,4 @@
-"""A tiny model for each kind that llama.cpp runs and LM-Infinite treats in a way of its own."""
+"""A tiny model for each kind that llama.cpp runs and LM-Infinite treats in a way of its own, or refuses."""
 
 from __future__ import annotations
 
@@ -306,6 +306,21 @@ HYBRID = {
     ),
 }
 """Short convolutions and attention take turns."""
+
+_WITH_LEARNED_POSITIONS = Tensors(bias="all", norm_bias=True, fused_qkv=True, gate="none", learned_positions=True)
+
+REFUSED = {
+    "gpt2": _small("gpt2", n_head_kv=2, layers=(Layer(),), features=_LAYER_NORM_GELU, tensors=_WITH_LEARNED_POSITIONS),
+    "mpt-with-positions": _small(
+        "mpt",
+        layers=(Layer(),),
+        features={**_LAYER_NORM_GELU, "max_alibi_bias": 8.0},
+        tensors=_WITH_LEARNED_POSITIONS,
+        metadata={"attention.max_alibi_bias": 8.0},
+    ),
+    "dream": _small("dream", n_layer=1),
+}
+"""Kinds that are refused, as far as they are put together like the others: learned positions, diffusion."""
 
 FAMILIES = PARTIAL_ROTARY | ROPE_SCALING | SLIDING_AND_FULL | ALIBI | M_ROPE | LATENT | HYBRID
 """All kinds that are to be supported."""

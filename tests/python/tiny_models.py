@@ -135,16 +135,40 @@ def write_tiny_model(path: Path, shape: TinyShape, *, seed: int, weight_type: st
         for name, tensor in random_tensors(shape, N_VOCAB, np.random.default_rng(seed))
     }
 
-    writer = gguf.GGUFWriter(path, shape.arch)
-    _add_hyperparameters(writer, shape, weight_type)
+    file_type = gguf.LlamaFileType.ALL_F32 if weight_type == "f32" else gguf.LlamaFileType.MOSTLY_F16
+    tensors = {name: tensor.astype(matrix_type) if tensor.ndim == 2 else tensor for name, tensor in weights.items()}
+    write_model_file(path, shape.arch, _hyperparameters(shape), tensors, file_type)
+    return TinyModel(path, shape, weights)
+
+
+def write_model_file(
+    path: Path,
+    arch: str,
+    metadata: Mapping[str, MetadataValue],
+    tensors: Mapping[str, npt.NDArray[Any]],
+    file_type: gguf.LlamaFileType = gguf.LlamaFileType.ALL_F32,
+) -> None:
+    """Writes a GGUF file with a small tokenizer.
+
+    Args:
+        path: The file to write.
+        arch: llama.cpp's name of the architecture.
+        metadata: Entries without the architecture's prefix; those of the tokenizer have none.
+        tensors: Tensors by name, dimensions as in NumPy: the first one varies slowest.
+        file_type: What the file says of the tensors' types.
+    """
+    writer = gguf.GGUFWriter(path, arch)
+    writer.add_name("tiny random model")  # llama.cpp treats some names in a special way
+    writer.add_file_type(file_type)
+    for key, value in metadata.items():
+        _add_entry(writer, key if key.startswith("tokenizer.") else f"{arch}.{key}", value)
     _add_tokenizer(writer)
-    for name, tensor in weights.items():
-        writer.add_tensor(name, tensor.astype(matrix_type) if tensor.ndim == 2 else tensor)
+    for name, tensor in tensors.items():
+        writer.add_tensor(name, tensor)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return TinyModel(path, shape, weights)
 
 
 def random_tokens(n_tokens: int, *, seed: int) -> list[int]:
@@ -153,23 +177,21 @@ def random_tokens(n_tokens: int, *, seed: int) -> list[int]:
     return tokens
 
 
-def _add_hyperparameters(writer: gguf.GGUFWriter, shape: TinyShape, weight_type: str) -> None:
-    writer.add_name("tiny random model")  # llama.cpp treats some names in a special way
-    writer.add_context_length(shape.n_ctx_train)
-    writer.add_embedding_length(shape.n_embd)
-    writer.add_block_count(shape.n_layer)
-    writer.add_feed_forward_length(shape.n_ff)
-    writer.add_head_count(shape.n_head)
-    if "attention.head_count_kv" not in shape.metadata:
-        writer.add_head_count_kv(shape.n_head_kv)
-    writer.add_rope_dimension_count(shape.n_rot)
-    writer.add_rope_freq_base(shape.rope_freq_base)
-    writer.add_layer_norm_rms_eps(shape.norm_eps)
-    writer.add_layer_norm_eps(shape.norm_eps)
-    writer.add_vocab_size(N_VOCAB)
-    for key, value in shape.metadata.items():
-        _add_entry(writer, f"{shape.arch}.{key}", value)
-    writer.add_file_type(gguf.LlamaFileType.ALL_F32 if weight_type == "f32" else gguf.LlamaFileType.MOSTLY_F16)
+def _hyperparameters(shape: TinyShape) -> dict[str, MetadataValue]:
+    return {
+        "context_length": shape.n_ctx_train,
+        "embedding_length": shape.n_embd,
+        "block_count": shape.n_layer,
+        "feed_forward_length": shape.n_ff,
+        "attention.head_count": shape.n_head,
+        "attention.head_count_kv": shape.n_head_kv,
+        "rope.dimension_count": shape.n_rot,
+        "rope.freq_base": shape.rope_freq_base,
+        "attention.layer_norm_rms_epsilon": shape.norm_eps,
+        "attention.layer_norm_epsilon": shape.norm_eps,
+        "vocab_size": N_VOCAB,
+        **shape.metadata,
+    }
 
 
 def _add_entry(writer: gguf.GGUFWriter, key: str, value: MetadataValue) -> None:

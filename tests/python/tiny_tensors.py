@@ -34,6 +34,7 @@ class Tensors:
         branch_norms: What attention and the feed-forward network add is normed first.
         embedding_norm: Token embeddings are normed.
         output_bias: The output head has a bias.
+        learned_positions: An embedding for each position of the trained length is added to the tokens'.
         n_expert: Experts, each with biases, instead of one feed-forward network. 0: none.
         attention_sinks: Each head has a learned attention sink.
         n_latent: Length of the latent vector that keys and values are made from. 0: none.
@@ -50,6 +51,7 @@ class Tensors:
     branch_norms: bool = False
     embedding_norm: bool = False
     output_bias: bool = False
+    learned_positions: bool = False
     n_expert: int = 0
     attention_sinks: bool = False
     n_latent: int = 0
@@ -62,6 +64,8 @@ def random_tensors(shape: TinyShape, n_vocab: int, rng: np.random.Generator) -> 
     draw = _Draw(shape, rng)
     scale = shape.architecture.embedding_scale
     yield "token_embd.weight", rng.normal(0.0, 1.0 / scale, (n_vocab, shape.n_embd)).astype(np.float32)
+    if shape.tensors.learned_positions:
+        yield "position_embd.weight", rng.normal(0.0, 1.0, (shape.n_ctx_train, shape.n_embd)).astype(np.float32)
     if shape.tensors.embedding_norm:
         yield from draw.norm("token_embd_norm")
     for layer in range(shape.n_layer):
