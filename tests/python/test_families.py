@@ -239,7 +239,7 @@ class TestRefused:
             ("dream", "causal|diffusion"),
             ("mamba", "recurrent"),
             ("rwkv6", "recurrent"),
-            ("bert", "encoder"),
+            ("bert", "encoder|causal"),
             ("t5", "encoder"),
         ],
     )

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reference import FULL_ATTENTION, Attention, TokenStream
+from reference import FULL_ATTENTION, Attention, Chunks, Rope, SlidingWindow, TokenStream, Transformer
+from reference.rotation import rotation
 from tiny_models import HEAD_32, TIED, TinyModel, random_tokens, write_tiny_model
 
 
@@ -96,6 +97,64 @@ class TestEffectivePosition:
         distances = attention.rope_distance(np.array(query), seen)
         assert distances.min() >= 0
         assert distances.max() <= max(n_clamp, n_window - 1)
+
+    def test_the_bias_distance_ends_at_the_limit_whatever_the_block(self) -> None:
+        attention = Attention(n_sink=2, n_window=12, n_clamp=8, n_block=4)
+        assert attention.bias_distance(np.array(20), np.array([0, 1, 9, 12, 13, 20])).tolist() == [8, 8, 8, 8, 7, 0]
+
+    def test_the_attention_temperature_stops_rising_at_the_limit(self) -> None:
+        assert Attention(n_window=4, n_clamp=8).temperature_position(np.array([0, 7, 8, 9])).tolist() == [0, 7, 8, 8]
+        assert FULL_ATTENTION.temperature_position(np.array([0, 1000])).tolist() == [0, 1000]
+
+    @pytest.mark.parametrize(
+        ("n_window", "n_clamp", "n_ctx"),
+        [(16, 16, 16), (16, 8, 16), (16, 99, 99), (16, 2000, 1024), (None, None, 1024)],
+    )
+    def test_the_distances_that_are_seen_decide_the_context_length(
+        self, n_window: int | None, n_clamp: int | None, n_ctx: int
+    ) -> None:
+        assert Attention(4, n_window, n_clamp).n_ctx(1024) == n_ctx
+
+
+class TestLayersOfTheirOwn:
+    @pytest.mark.parametrize(
+        ("view", "keys"), [(SlidingWindow(3), [7, 8, 9]), (Chunks(4), [8, 9]), (Chunks(10), list(range(10)))]
+    )
+    def test_a_layer_sees_what_the_model_says_at_true_distances(
+        self, view: SlidingWindow | Chunks, keys: list[int]
+    ) -> None:
+        positions = np.arange(14)
+        assert positions[view.is_visible(np.array(9), positions)].tolist() == keys
+        assert view.rope_distance(np.array(9), np.array(2)) == 7
+
+
+class TestRotation:
+    def test_pairs_are_neighbours_or_half_the_rotated_part_apart(self) -> None:
+        normal, neox = (rotation(Rope(4, order=order), 6) for order in ("normal", "neox"))
+        assert list(zip(normal.first, normal.second, strict=True)) == [(0, 1), (2, 3), (4, 5)]
+        assert list(zip(neox.first, neox.second, strict=True)) == [(0, 2), (1, 3), (4, 5)]
+
+    def test_what_is_not_rotated_does_not_turn(self) -> None:
+        turned = rotation(Rope(4, base=100.0, scale=0.5, offset=2), 6).turn(np.array([3]))
+        np.testing.assert_allclose(turned[0], np.exp(1j * np.array([1.5, 0.15, 0.0])))
+
+    def test_yarn_leaves_fast_pairs_alone_and_interpolates_slow_ones(self) -> None:
+        yarn, plain = rotation(Rope(64, scale=0.25, yarn=True, n_ctx_orig=4096), 64), rotation(Rope(64), 64)
+        ratio = yarn.frequencies / plain.frequencies
+        assert ratio[0] == 1.0
+        assert ratio[-1] == 0.25
+        assert (np.diff(ratio) <= 0.0).all()
+        np.testing.assert_allclose(yarn.magnitudes, 1.0 + 0.1 * np.log(4.0))
+
+    def test_factors_divide_the_angles(self) -> None:
+        np.testing.assert_allclose(rotation(Rope(4, base=100.0), 4, np.array([2.0, 5.0])).frequencies, [0.5, 0.02])
+
+    @pytest.mark.parametrize(
+        ("n_head", "slopes"), [(4, [1 / 4, 1 / 16, 1 / 64, 1 / 256]), (3, [1 / 16, 1 / 256, 1 / 4])]
+    )
+    def test_alibi_slopes(self, head_32: TinyModel, n_head: int, slopes: list[float]) -> None:
+        architecture = replace(head_32.shape.architecture, n_head=n_head, max_alibi_bias=8.0)
+        np.testing.assert_allclose(Transformer(head_32.weights, architecture).alibi_slopes(), slopes)
 
 
 class TestTokenStream:

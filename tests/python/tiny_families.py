@@ -71,6 +71,11 @@ def _phi3() -> TinyShape:
     )
 
 
+SOME_WITHOUT_ROPE = {
+    "smollm3": _small("smollm3", n_ff=64, layers=(Layer(Rope(32)),) * 3 + (Layer(),)),
+}
+"""Full attention everywhere, positions not."""
+
 ROPE_SCALING = {
     "linear": _small(
         "llama",
@@ -292,8 +297,26 @@ LATENT = {
             "expert_shared_count": 0,
         },
     ),
+    "deepseek2-expanded": _small(
+        "deepseek2",
+        n_head_kv=2,
+        head_size=64,
+        n_rot=32,
+        n_ff=64,
+        layers=(Layer(Rope(32, offset=32)),) * 2,
+        tensors=Tensors(n_latent=32, expanded=True),
+        metadata={
+            "leading_dense_block_count": 2,
+            "attention.q_lora_rank": 0,
+            "attention.kv_lora_rank": 32,
+            "attention.key_length": 64,
+            "attention.value_length": 64,
+            "expert_feed_forward_length": 64,
+            "expert_shared_count": 0,
+        },
+    ),
 }
-"""Keys and values of all heads are made from one cached latent vector (MLA)."""
+"""Keys and values of all heads are made from one latent vector (MLA), which is cached, or they are."""
 
 HYBRID = {
     "lfm2": _small(
@@ -322,5 +345,5 @@ REFUSED = {
 }
 """Kinds that are refused, as far as they are put together like the others: learned positions, diffusion."""
 
-FAMILIES = PARTIAL_ROTARY | ROPE_SCALING | SLIDING_AND_FULL | ALIBI | M_ROPE | LATENT | HYBRID
+FAMILIES = PARTIAL_ROTARY | SOME_WITHOUT_ROPE | ROPE_SCALING | SLIDING_AND_FULL | ALIBI | M_ROPE | LATENT | HYBRID
 """All kinds that are to be supported."""

@@ -38,6 +38,7 @@ class Tensors:
         n_expert: Experts, each with biases, instead of one feed-forward network. 0: none.
         attention_sinks: Each head has a learned attention sink.
         n_latent: Length of the latent vector that keys and values are made from. 0: none.
+        expanded: They are made before they are cached, by one matrix.
         n_convolution: Length of short convolutions, in the even layers. 0: none.
         rope_factors: Frequency factors by tensor name.
     """
@@ -55,6 +56,7 @@ class Tensors:
     n_expert: int = 0
     attention_sinks: bool = False
     n_latent: int = 0
+    expanded: bool = False
     n_convolution: int = 0
     rope_factors: tuple[tuple[str, tuple[float, ...]], ...] = ()
 
@@ -152,9 +154,12 @@ def _latent_attention(draw: _Draw, block: str) -> NamedTensors:
     yield from draw.linear(f"{block}.attn_q", shape.n_head * shape.head_size, shape.n_embd, 1.4)
     yield from draw.linear(f"{block}.attn_kv_a_mqa", n_latent + n_rot, shape.n_embd, 1.4)
     yield from draw.norm(f"{block}.attn_kv_a_norm", n_latent)
-    of_key = draw.rng.normal(0.0, 1.4 / np.sqrt(n_latent), (*heads, n_latent, n_plain))
-    yield f"{block}.attn_k_b.weight", of_key.astype(np.float32)
-    yield from draw.linear(f"{block}.attn_v_b", shape.head_size, n_latent, 1.0, stack=heads)
+    if shape.tensors.expanded:
+        yield from draw.linear(f"{block}.attn_kv_b", shape.n_head * (n_plain + shape.head_size), n_latent, 1.2)
+    else:
+        of_key = draw.rng.normal(0.0, 1.4 / np.sqrt(n_latent), (*heads, n_latent, n_plain))
+        yield f"{block}.attn_k_b.weight", of_key.astype(np.float32)
+        yield from draw.linear(f"{block}.attn_v_b", shape.head_size, n_latent, 1.0, stack=heads)
     yield from draw.linear(f"{block}.attn_output", shape.n_embd, shape.n_head * shape.head_size, 1.5)
 
 

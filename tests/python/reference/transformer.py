@@ -133,14 +133,17 @@ class Transformer:
 
     def _latent_keys_values(self, layer: int, hidden: FloatArray) -> tuple[FloatArray, FloatArray]:
         """Keys and values of every head from one latent vector, and a rotary part that all heads' keys share (MLA)."""
-        of_key, of_value = self._get(layer, "attn_k_b.weight"), self._get(layer, "attn_v_b.weight")
-        n_latent = of_value.shape[-1]
+        n_latent, n_head = len(self._get(layer, "attn_kv_a_norm.weight")), self.architecture.n_head
         compressed = self._linear(layer, "attn_kv_a_mqa", hidden)
         latent = self._norm(compressed[:, :n_latent], f"blk.{layer}.attn_kv_a_norm")
-        rotary = np.repeat(compressed[:, None, n_latent:], self.architecture.n_head, axis=1)
-        keys = np.concatenate([np.einsum("nl,hlk->nhk", latent, of_key), rotary], axis=-1)
-        values: FloatArray = np.einsum("nl,hvl->nhv", latent, of_value)
-        return keys, values
+        rotary = np.repeat(compressed[:, None, n_latent:], n_head, axis=1)
+        if self._find(layer, "attn_kv_b.weight") is None:
+            plain = np.einsum("nl,hlk->nhk", latent, self._get(layer, "attn_k_b.weight"))
+            values = np.einsum("nl,hvl->nhv", latent, self._get(layer, "attn_v_b.weight"))
+        else:
+            both = self._linear(layer, "attn_kv_b", latent).reshape(len(hidden), n_head, -1)
+            plain, values = np.split(both, [self.head_size(layer) - rotary.shape[-1]], axis=-1)
+        return np.concatenate([plain, rotary], axis=-1), values
 
     def _normed_heads(self, layer: int, which: Literal["q", "k"], heads: FloatArray) -> FloatArray:
         if self._find(layer, f"attn_{which}_norm.weight") is not None:
