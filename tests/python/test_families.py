@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lminf_edge import Llama, LMInfConfig, UnsupportedModelError
 from parity import TOLERANCE, assert_close, evaluated, expected, pieces, stream_of
 from reference import FULL_ATTENTION, Attention, TokenStream, Transformer
+from test_parity import EngineAndReference, attentions, memory_options
 from tiny_families import ALIBI, FAMILIES, N_SWA, REFUSED, SLIDING_AND_FULL
 from tiny_models import TinyModel, random_tokens, write_tiny_model
 from tiny_others import write_other_model
@@ -174,6 +177,26 @@ class TestRemoving:
             llm.eval(text)
             assert llm._context.seq_rm(0, attention.n_sink, 195)
             assert_close(llm.eval(tail), reference.eval(tail))
+
+
+class TestAnything:
+    @given(data=st.data())
+    @settings(max_examples=100)
+    def test_any_history(self, open_llama: OpenLlama, model_files: Path, data: st.DataObject) -> None:
+        """Two sequences of any kind of model that grow, lose their end or oldest part, jump and begin anew."""
+        model = _written(model_files, data.draw(st.sampled_from(sorted(FAMILIES)), "family"))
+        attention = data.draw(attentions())
+        if model.shape.architecture.max_alibi_bias:
+            attention = replace(attention, sink_order="clamped")
+        options = data.draw(memory_options())
+        with open_llama(model, attention, n_batch=64, _n_seq_max=2, **options) as llm:
+            pairs = [EngineAndReference(llm, seq_id, model, attention) for seq_id in range(2)]
+            for step in range(data.draw(st.integers(2, 8), "n_steps")):
+                pair = data.draw(st.sampled_from(pairs), "pair")
+                change = data.draw(st.sampled_from((pair.cut, pair.forget, pair.jump, pair.begin_anew, None)), "change")
+                if change is not None:
+                    change(data)
+                pair.append_and_compare(tuple(random_tokens(data.draw(st.integers(1, 64), "n_tokens"), seed=step)))
 
 
 class TestCacheTypes:
