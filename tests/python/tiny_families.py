@@ -327,8 +327,21 @@ HYBRID = {
         tensors=Tensors(head_norms=True, n_convolution=3),
         metadata={"attention.head_count_kv": [0, 1, 0, 1], "shortconv.l_cache": 3},
     ),
+    "jamba": _small(
+        "jamba",
+        n_ff=64,
+        layers=(Layer(),) * 4,
+        tensors=Tensors(n_convolution=4, n_state=8),
+        metadata={
+            "attention.head_count_kv": [0, 1, 0, 1],
+            "ssm.conv_kernel": 4,
+            "ssm.inner_size": 128,
+            "ssm.state_size": 8,
+            "ssm.time_step_rank": 8,
+        },
+    ),
 }
-"""Short convolutions and attention take turns."""
+"""Recurrent layers and attention take turns: short convolutions (lfm2), or Mamba and attention without RoPE."""
 
 _WITH_LEARNED_POSITIONS = Tensors(bias="all", norm_bias=True, fused_qkv=True, gate="none", learned_positions=True)
 

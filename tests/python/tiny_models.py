@@ -88,8 +88,8 @@ class TinyShape:
         assert isinstance(swa_size, int)
         return swa_size if is_sliding else self.head_size
 
-    def has_convolution(self, layer: int) -> bool:
-        """Whether the layer is a short convolution instead of attention: every other layer, from the first on."""
+    def is_recurrent(self, layer: int) -> bool:
+        """Whether the layer is recurrent instead of attention: every other layer, from the first on."""
         return self.tensors.n_convolution > 0 and layer % 2 == 0
 
 

@@ -39,7 +39,8 @@ class Tensors:
         attention_sinks: Each head has a learned attention sink.
         n_latent: Length of the latent vector that keys and values are made from. 0: none.
         expanded: They are made before they are cached, by one matrix.
-        n_convolution: Length of short convolutions, in the even layers. 0: none.
+        n_convolution: Length of the convolutions of recurrent layers. 0: all layers have attention.
+        n_state: Numbers in the state of each of their channels. 0: they are nothing but convolutions.
         rope_factors: Frequency factors by tensor name.
     """
 
@@ -58,6 +59,7 @@ class Tensors:
     n_latent: int = 0
     expanded: bool = False
     n_convolution: int = 0
+    n_state: int = 0
     rope_factors: tuple[tuple[str, tuple[float, ...]], ...] = ()
 
 
@@ -108,8 +110,8 @@ class _Draw:
 def _layer(draw: _Draw, layer: int) -> NamedTensors:
     shape, block = draw.shape, f"blk.{layer}"
     yield from draw.norm(f"{block}.attn_norm")
-    if shape.has_convolution(layer):
-        yield from _convolution(draw, block)
+    if shape.is_recurrent(layer):
+        yield from _state_space(draw, block) if shape.tensors.n_state else _convolution(draw, block)
     elif shape.tensors.n_latent:
         yield from _latent_attention(draw, block)
     else:
@@ -168,6 +170,22 @@ def _convolution(draw: _Draw, block: str) -> NamedTensors:
     yield from draw.linear(f"{block}.shortconv.in_proj", 3 * n_embd, n_embd, 1.0)
     yield f"{block}.shortconv.conv.weight", draw.rng.normal(0.0, 0.6, (n_embd, n_kernel)).astype(np.float32)
     yield from draw.linear(f"{block}.shortconv.out_proj", n_embd, n_embd, 1.0)
+
+
+def _state_space(draw: _Draw, block: str) -> NamedTensors:
+    rng, n_embd, n_state, n_step = draw.rng, draw.shape.n_embd, draw.shape.tensors.n_state, 8
+    n_inner = 2 * n_embd
+    yield from draw.linear(f"{block}.ssm_in", 2 * n_inner, n_embd, 1.0)
+    kernels = rng.normal(0.0, 0.6, (n_inner, draw.shape.tensors.n_convolution))
+    yield f"{block}.ssm_conv1d.weight", kernels.astype(np.float32)
+    yield f"{block}.ssm_conv1d.bias", rng.normal(0.0, 0.3, n_inner).astype(np.float32)
+    yield from draw.linear(f"{block}.ssm_x", n_step + 2 * n_state, n_inner, 1.0)
+    for name, size in (("dt", n_step), ("b", n_state), ("c", n_state)):
+        yield from draw.norm(f"{block}.ssm_{name}_norm", size)
+    yield from draw.linear(f"{block}.ssm_dt", n_inner, n_step, 1.0, bias=True)
+    yield f"{block}.ssm_a", -rng.uniform(0.2, 2.0, (n_inner, n_state)).astype(np.float32)
+    yield f"{block}.ssm_d", rng.normal(0.0, 1.0, n_inner).astype(np.float32)
+    yield from draw.linear(f"{block}.ssm_out", n_embd, n_inner, 1.0)
 
 
 def _feed_forward(draw: _Draw, block: str) -> NamedTensors:

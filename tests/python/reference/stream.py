@@ -30,9 +30,7 @@ class TokenStream:
         self._attention = attention
         n_ctx = n_ctx or attention.n_ctx(transformer.architecture.n_ctx_train)
         self._past = {
-            layer: _Convolution(transformer, layer)
-            if transformer.has_convolution(layer)
-            else _Keys(transformer, layer, n_ctx)
+            layer: _Inputs(transformer, layer) if transformer.is_recurrent(layer) else _Keys(transformer, layer, n_ctx)
             for layer in range(transformer.n_layer)
             if transformer.architecture.layers[layer].source is None
         }
@@ -46,8 +44,8 @@ class TokenStream:
         hidden = self._transformer.embed(tokens)
         for layer, kind in enumerate(self._transformer.architecture.layers):
             past = self._past[layer if kind.source is None else kind.source]
-            if isinstance(past, _Convolution):
-                mixed = past.convolve(hidden, positions)
+            if isinstance(past, _Inputs):
+                mixed = past.recur(hidden, positions)
             else:
                 if kind.source is None:
                     past.append(hidden, positions)
@@ -56,7 +54,7 @@ class TokenStream:
         return self._transformer.logits(hidden)
 
     def forget(self, start: int, end: int) -> None:
-        """Removes the keys at positions [start, end); the others stay where they are. Convolutions remember."""
+        """Removes the keys at positions [start, end); the others stay where they are. Recurrent layers remember."""
         for past in self._past.values():
             if isinstance(past, _Keys):
                 past.remove(start, end)
@@ -134,30 +132,24 @@ class _Keys:
         self.positions, self.keys, self.values = self.positions[kept], self.keys[kept], self.values[kept]
 
 
-class _Convolution:
-    """Inputs of one layer's short convolution."""
+class _Inputs:
+    """All that a recurrent layer was ever given: it starts anew from the first token each time."""
 
     def __init__(self, transformer: Transformer, layer: int) -> None:
         self._transformer = transformer
         self._layer = layer
-        self._kernel = transformer.convolution_kernel(layer)
-        n_before = self._kernel.shape[1] - 1
-        self._positions: IntArray = np.full(n_before, -1)
-        self._inputs: FloatArray = np.zeros((n_before, len(self._kernel)))
+        self._positions: IntArray = np.zeros(0, np.int64)
+        self._hidden = transformer.embed([0])[:0]
 
-    def convolve(self, hidden: FloatArray, positions: IntArray) -> FloatArray:
-        """Appends tokens and returns what the layer mixes for them, [n, n_embd]."""
-        inputs, gate = self._transformer.convolution_input(self._layer, hidden)
+    def recur(self, hidden: FloatArray, positions: IntArray) -> FloatArray:
+        """Appends tokens and returns what the layer mixes for them, [n, n_inner]."""
         self._positions = np.concatenate([self._positions, positions])
-        self._inputs = np.concatenate([self._inputs, inputs])
-        last = self._inputs[len(self._inputs) - len(inputs) - self._kernel.shape[1] + 1 :]
-        windows = np.lib.stride_tricks.sliding_window_view(last, self._kernel.shape[1], axis=0)
-        convolved: FloatArray = (windows * self._kernel).sum(axis=-1)
-        return gate * convolved
+        self._hidden = np.concatenate([self._hidden, hidden])
+        return self._transformer.recur(self._layer, self._hidden)[-len(hidden) :]
 
     def remove(self, start: int, end: int) -> None:
         kept = (self._positions < start) | (self._positions >= end)
-        self._positions, self._inputs = self._positions[kept], self._inputs[kept]
+        self._positions, self._hidden = self._positions[kept], self._hidden[kept]
 
 
 def _shares(scores: FloatArray, sinks: FloatArray | None) -> FloatArray:

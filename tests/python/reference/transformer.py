@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from reference.architecture import Architecture
 from reference.arrays import FloatArray
+from reference.recurrence import causal_convolution, selective_scan
 from reference.rotation import Rotation, rotation
 
 
@@ -19,7 +20,7 @@ class Transformer:
     Args:
         weights: Matrices [n_out, n_in], stacks of matrices, and vectors by GGUF tensor name. Optional tensors take part
             if they are there: biases, norms of queries, keys and branches, gates, experts, an output head (else the
-            token embeddings), latent keys and values, short convolutions, attention sinks.
+            token embeddings), latent keys and values, short convolutions, state spaces, attention sinks.
         architecture: The kind of model.
     """
 
@@ -63,9 +64,9 @@ class Transformer:
         """[n_head] learned scores that share in the softmax without a value (gpt-oss). None: none."""
         return self._find(layer, "attn_sinks.weight")
 
-    def has_convolution(self, layer: int) -> bool:
-        """Whether the layer is a short convolution instead of attention."""
-        return self._find(layer, "shortconv.conv.weight") is not None
+    def is_recurrent(self, layer: int) -> bool:
+        """Whether the layer is a short convolution or a state space instead of attention."""
+        return self._mixer(layer) != "attn_output"
 
     def embed(self, tokens: Sequence[int]) -> FloatArray:
         """[n_tokens, n_embd] token embeddings."""
@@ -85,15 +86,13 @@ class Transformer:
         keys, values = (self._project(layer, which, hidden) for which in ("k", "v"))
         return self._normed_heads(layer, "k", keys), self._unit(values) if self.architecture.unit_values else values
 
-    def convolution_input(self, layer: int, hidden: FloatArray) -> tuple[FloatArray, FloatArray]:
-        """[n, n_embd] what a short convolution runs over, and the gate of its result."""
-        projected = self._linear(layer, "shortconv.in_proj", self.attention_input(layer, hidden))
-        input_gate, output_gate, value = np.split(projected, 3, axis=-1)
-        return input_gate * value, output_gate
-
-    def convolution_kernel(self, layer: int) -> FloatArray:
-        """[n_embd, length] kernel of a short convolution, its last column for the current token."""
-        return self._get(layer, "shortconv.conv.weight")
+    def recur(self, layer: int, hidden: FloatArray) -> FloatArray:
+        """What a recurrent layer makes of the residual stream [n, n_embd] of a whole sequence: [n, n_inner]."""
+        normed = self.attention_input(layer, hidden)
+        if self._find(layer, "shortconv.conv.weight") is None:
+            return self._state_space(layer, normed)
+        input_gate, output_gate, value = np.split(self._linear(layer, "shortconv.in_proj", normed), 3, axis=-1)
+        return output_gate * causal_convolution(input_gate * value, self._get(layer, "shortconv.conv.weight"))
 
     def attention_input(self, layer: int, hidden: FloatArray) -> FloatArray:
         """[n, n_embd] the residual stream as attention reads it."""
@@ -101,8 +100,7 @@ class Transformer:
 
     def after_attention(self, layer: int, hidden: FloatArray, mixed: FloatArray) -> FloatArray:
         """The rest of a layer, added to the residual stream [n, n_embd]: output projection and feed-forward network."""
-        projection = "shortconv.out_proj" if self.has_convolution(layer) else "attn_output"
-        branch = self._linear(layer, projection, mixed)
+        branch = self._linear(layer, self._mixer(layer), mixed)
         own_norm = self.architecture.ffn_norm
         if own_norm != "post_attention_norm" and self._find(layer, "post_attention_norm.weight") is not None:
             branch = self._norm(branch, f"blk.{layer}.post_attention_norm")
@@ -150,6 +148,21 @@ class Transformer:
             return self._norm(heads, f"blk.{layer}.attn_{which}_norm")
         return self._unit(heads) if self.architecture.layers[layer].unit_heads else heads
 
+    def _state_space(self, layer: int, normed: FloatArray) -> FloatArray:
+        """Mamba's layer, with Jamba's norms of what controls the state."""
+        n_state, n_step = self._get(layer, "ssm_a").shape[1], self._get(layer, "ssm_dt.weight").shape[1]
+        inputs, gate = np.split(self._linear(layer, "ssm_in", normed), 2, axis=-1)
+        convolved = causal_convolution(inputs, self._get(layer, "ssm_conv1d.weight"))
+        inputs = silu(convolved + self._get(layer, "ssm_conv1d.bias"))
+        control = np.split(self._linear(layer, "ssm_x", inputs), [n_step, n_step + n_state], axis=-1)
+        step, writes, reads = (
+            self._norm(part, f"blk.{layer}.ssm_{name}_norm")
+            for name, part in zip(("dt", "b", "c"), control, strict=True)
+        )
+        steps = np.logaddexp(0.0, self._linear(layer, "ssm_dt", step))
+        outputs = selective_scan(inputs, steps, self._get(layer, "ssm_a"), writes, reads)
+        return silu(gate) * (outputs + self._get(layer, "ssm_d") * inputs)
+
     def _feed_forward(self, layer: int, normed: FloatArray) -> FloatArray:
         if self._find(layer, "ffn_gate_inp.weight") is not None:
             return self._experts(layer, normed)
@@ -178,8 +191,8 @@ class Transformer:
         if self.architecture.activation == "clamped_silu":
             assert up is not None
             gate, up = np.minimum(gate, 7.0), np.clip(up, -7.0, 7.0) + 1.0
-            return gate / (1.0 + np.exp(-1.702 * gate)) * up
-        activated = gelu(gate) if self.architecture.activation == "gelu" else gate / (1.0 + np.exp(-gate))
+            return silu(1.702 * gate) / 1.702 * up
+        activated = gelu(gate) if self.architecture.activation == "gelu" else silu(gate)
         return activated if up is None else activated * up
 
     def _linear(self, layer: int, name: str, vectors: FloatArray, expert: int | None = None) -> FloatArray:
@@ -202,6 +215,11 @@ class Transformer:
         unit: FloatArray = vectors / np.sqrt(mean_square + self.architecture.norm_eps)
         return unit
 
+    def _mixer(self, layer: int) -> str:
+        """Name of the output projection, which tells what mixes the tokens."""
+        names = ("attn_output", "shortconv.out_proj", "ssm_out")
+        return next(name for name in names if self._find(layer, f"{name}.weight") is not None)
+
     def _has_embedding_norm(self) -> bool:
         return "token_embd_norm.weight" in self._weights and self.architecture.output_norm != "token_embd_norm"
 
@@ -223,6 +241,11 @@ def softmax(scores: FloatArray) -> FloatArray:
     exponentials: FloatArray = np.exp(scores - scores.max(axis=-1, keepdims=True))
     exponentials /= exponentials.sum(axis=-1, keepdims=True)
     return exponentials
+
+
+def silu(values: FloatArray) -> FloatArray:
+    """x * sigmoid(x)."""
+    return values / (1.0 + np.exp(-values))
 
 
 def gelu(values: FloatArray) -> FloatArray:
