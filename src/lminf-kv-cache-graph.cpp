@@ -108,8 +108,12 @@ ggml_tensor * lminf_kv_cache::cpy_v(
         ggml_context * ctx, ggml_tensor * v_cur, ggml_tensor * v_idxs, int32_t il, const slot_info & sinfo) const {
     const auto & c = capture;
     if (!c.values.empty()) {
-        const int64_t n_embd_head = v_cur->ne[0];
-        const int64_t n_head_kv   = v_cur->ne[1];
+        const int64_t n_embd_head = hparams.n_embd_head_v(il);
+        const int64_t n_head_kv   = hparams.n_head_kv(il);
+
+        if (v_cur->ne[0] != n_embd_head) { // the heads are merged already (PLM)
+            v_cur = ggml_reshape_3d(ctx, v_cur, n_embd_head, n_head_kv, v_cur->ne[1]);
+        }
 
         const size_t n_tokens = v_cur->ne[2];
         const size_t n_values = n_tokens + c.values.size();
