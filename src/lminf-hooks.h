@@ -8,7 +8,7 @@
 #include <memory>
 
 // Called before the memory of a context is made.
-void lminf_begin_memory(const llama_cparams & cparams);
+void lminf_begin_memory(const llama_cparams & cparams, uint32_t n_ctx_train);
 
 // Takes the place of llama_kv_cache's constructor wherever the KV cache of a model's layers is made: an lminf_kv_cache if the
 // context being created is to have LM-Infinite, else llama.cpp's own. Throws if that cannot be.

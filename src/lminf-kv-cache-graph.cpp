@@ -79,8 +79,8 @@ ggml_tensor * lminf_kv_cache::cpy_k(
 
     cur = ggml_get_rows(ctx, cur, view_ids(ctx, c.ids, n_sinks, 0));
     cur = ggml_reshape_3d(ctx, cur, n_embd_head, n_head_kv, n_sinks);
-    if (k_rot[ikv]) {
-        cur = llama_mul_mat_hadamard(ctx, cur, k_rot[ikv]);
+    if (hadamard(ikv)) {
+        cur = llama_mul_mat_hadamard(ctx, cur, hadamard(ikv));
     }
     cur = rope.unrotate(ctx, cur, view_ids(ctx, c.ids, n_sinks*n_pos, i_pos));
     cur = ggml_reshape_2d(ctx, cur, n_embd, n_sinks);
@@ -91,8 +91,8 @@ ggml_tensor * lminf_kv_cache::cpy_k(
     cur = ggml_get_rows(ctx, originals, view_ids(ctx, c.ids, n_placements, n_sinks));
     cur = ggml_reshape_3d(ctx, cur, n_embd_head, n_head_kv, n_placements);
     cur = rope.rotate(ctx, cur, view_ids(ctx, c.ids, n_placements*n_pos, i_pos + n_sinks*n_pos));
-    if (k_rot[ikv]) {
-        cur = llama_mul_mat_hadamard(ctx, cur, k_rot[ikv]);
+    if (hadamard(ikv)) {
+        cur = llama_mul_mat_hadamard(ctx, cur, hadamard(ikv));
     }
     cur = ggml_reshape_2d(ctx, cur, n_embd, n_placements);
 

@@ -25,6 +25,9 @@ bool lminf_kv_cache::place_keys(const std::vector<key_move> & moves) {
 }
 
 bool lminf_kv_cache::shift_keys(const std::vector<key_move> & moves) {
+    if (std::all_of(ropes.begin(), ropes.end(), [](const lminf_rope & rope) { return rope.state == lminf_rope::PLAIN; })) {
+        return true; // layers without RoPE: a key is the same at every position
+    }
     return move_keys(moves, false, lctx->n_threads());
 }
 
@@ -62,12 +65,12 @@ bool lminf_kv_cache::move_keys(const std::vector<key_move> & moves, bool from_or
                 ggml_tensor * cur = ggml_get_rows(ctx, from_originals ? sink_k[i] : rows, inp_moves.src);
 
                 cur = ggml_reshape_3d(ctx, cur, n_embd_head, cur->ne[0]/n_embd_head, n);
-                if (!from_originals && k_rot[i]) {
-                    cur = llama_mul_mat_hadamard(ctx, cur, k_rot[i]);
+                if (!from_originals && hadamard(i)) {
+                    cur = llama_mul_mat_hadamard(ctx, cur, hadamard(i));
                 }
                 cur = from_originals ? rope.rotate(ctx, cur, inp_moves.pos) : rope.shift(ctx, cur, inp_moves.pos);
-                if (k_rot[i]) {
-                    cur = llama_mul_mat_hadamard(ctx, cur, k_rot[i]);
+                if (hadamard(i)) {
+                    cur = llama_mul_mat_hadamard(ctx, cur, hadamard(i));
                 }
                 cur = ggml_reshape_2d(ctx, cur, rows->ne[0], n);
 

@@ -153,11 +153,14 @@ llama_pos lminf_kv_cache::seq_pos_max(llama_seq_id seq_id) const {
     return (llama_pos) (seq.n_past - 1 - seq.origin);
 }
 
-void lminf_kv_cache::renumber(llama_seq_id seq_id) {
+bool lminf_kv_cache::renumber(llama_seq_id seq_id) {
     auto & seq = seqs[seq_id];
-    if (seq.n_past - seq.origin > 2*POS_RENUMBERED) {
+
+    const bool is_large = seq.n_past - seq.origin > 2*POS_RENUMBERED;
+    if (is_large) {
         seq.origin = seq.n_past - POS_RENUMBERED;
     }
+    return is_large;
 }
 
 bool lminf_kv_cache::can_set_position(llama_seq_id seq_id, int64_t pos) const {

@@ -19,10 +19,16 @@ void lminf_set_cache_group(std::shared_ptr<lminf_cache_group> group) {
     group_pending = std::move(group);
 }
 
-void lminf_begin_memory(const llama_cparams & cparams) {
-    if (group_pending) {
-        group_pending->n_ubatch = cparams.n_ubatch;
+void lminf_begin_memory(const llama_cparams & cparams, uint32_t n_ctx_train) {
+    if (!group_pending) {
+        return;
     }
+    group_pending->n_ubatch = cparams.n_ubatch;
+
+    // The context's size decides which of long and short RoPE factors a model uses. What counts are the distances that it
+    // will see. (cparams belongs to the context that is being made; only its creator's reference is const.)
+    const auto & params = group_pending->params;
+    const_cast<llama_cparams &>(cparams).n_ctx_seq = std::max(params.n_window, std::min(params.n_clamp, n_ctx_train));
 }
 
 static lminf_policy make_policy(
@@ -35,7 +41,7 @@ static lminf_policy make_policy(
     res.n_sink     = is_swa ? 0 : params.n_sink;
     res.n_window   = is_swa ? n_swa : params.n_window;
     res.n_clamp    = params.n_clamp;
-    res.n_block    = hparams.use_alibi ? 1 : params.n_block;
+    res.n_block    = params.n_block;
     res.n_rollback = params.n_rollback;
     res.n_ubatch   = group.n_ubatch;
     res.n_rebase   = params.n_rebase;

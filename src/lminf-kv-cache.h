@@ -121,8 +121,8 @@ public:
     int64_t     n_past(llama_seq_id seq_id) const { return seqs[seq_id].n_past; }
     lminf_stats stats (llama_seq_id seq_id) const; // all but n_bytes
 
-    // llama_pos of this sequence start again from small values; logical positions do not change
-    void renumber(llama_seq_id seq_id);
+    // true if llama_pos of this sequence got large and starts again from a smaller value; logical positions do not change
+    bool renumber(llama_seq_id seq_id);
 
     bool can_set_position(llama_seq_id seq_id, int64_t pos) const;
     void set_position    (llama_seq_id seq_id, int64_t pos); // test hook
@@ -216,6 +216,9 @@ private:
 
     // positions of single tokens as the model's RoPE takes them: M-RoPE has four for each, of which text uses three
     std::vector<int32_t> rope_positions(const std::vector<int32_t> & pos) const;
+
+    // the matrix that the keys of a layer are rotated with before they are stored, or NULL
+    ggml_tensor * hadamard(int32_t ikv) const { return ropes[ikv].is_hadamard_rotated ? k_rot[ikv] : nullptr; }
 
     ggml_tensor * k_rows(ggml_context * ctx, int32_t ikv) const; // K of all streams as rows
 };

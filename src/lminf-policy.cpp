@@ -30,6 +30,9 @@ int64_t lminf_policy::sink_pos(int64_t j, int64_t shift) const {
 }
 
 int64_t lminf_policy::distance(int64_t p, int64_t j) const {
+    if (alibi) {
+        return std::min(p - j, n_clamp);
+    }
     return p - (j < n_sink ? sink_pos(j, sink_shift(p)) : j);
 }
 

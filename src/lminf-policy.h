@@ -22,7 +22,7 @@ struct lminf_policy {
     int64_t n_reach    = 2048; // the largest n_window of all layers of the model: they are rebased together
     bool    kept_order = false;
     bool    chunked    = false; // a query sees its own chunk of n_window tokens only (Llama 4), instead of a sliding window
-    bool    alibi      = false; // a query's bias distances are clamped: sink tokens need no copies
+    bool    alibi      = false; // no RoPE: the bias is computed for each query, so sink tokens need no copies
 
     //
     // visibility (section 4, "lambda-shaped mask")
@@ -47,7 +47,7 @@ struct lminf_policy {
     // effective position of sink token j for a query whose block has this shift
     int64_t sink_pos(int64_t j, int64_t shift) const;
 
-    // distance at which query p sees key j: at most L for sink tokens (ALiBi takes its bias from it)
+    // distance at which query p sees key j: at most L for sink tokens, with ALiBi for every key
     int64_t distance(int64_t p, int64_t j) const;
 
     //

@@ -56,7 +56,18 @@ lminf_rope lminf_rope::find(const ggml_tensor * k_cur) {
     lminf_rope res;
     res.state = UNSUPPORTED;
 
+    for (const ggml_tensor * t = k_cur; t && (moves_data_only(t) || is_hadamard(t)); t = is_hadamard(t) ? t->src[1] : t->src[0]) {
+        res.is_hadamard_rotated |= is_hadamard(t);
+    }
     const ggml_tensor * t = skip_moves(k_cur);
+
+    // a norm without weights, over a whole head, commutes with the rotation (Llama 4)
+    if (t && (t->op == GGML_OP_RMS_NORM || t->op == GGML_OP_L2_NORM)) {
+        const ggml_tensor * rope = skip_moves(t->src[0]);
+        if (rope && rope->op == GGML_OP_ROPE && rope->ne[0] == t->ne[0]) {
+            t = rope;
+        }
+    }
 
     if (t && t->op == GGML_OP_ROPE) {
         res.read(t);

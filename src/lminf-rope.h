@@ -19,6 +19,8 @@ struct lminf_rope {
 
     status state = UNKNOWN;
 
+    bool is_hadamard_rotated = false; // the cache stores the key Hadamard-rotated, on top of RoPE
+
     // Finds out how k_cur, as it is handed to the cache, was rotated. k_cur may have passed the cache's Hadamard rotation.
     static lminf_rope find(const ggml_tensor * k_cur);
 

@@ -74,7 +74,9 @@ void lminf_sequence::set_position(int64_t pos) {
     n_past    = pos;
     n_evicted = std::max(n_evicted, policy->evict_before(pos));
     oldest    = pos;
-    std::fill(ring.begin(), ring.end(), -1);
+    for (auto & j : ring) {
+        j = j < policy->n_pinned ? j : -1;
+    }
 }
 
 int64_t lminf_sequence::key_at(int64_t cell) const {

@@ -40,7 +40,7 @@ public:
     bool can_remove(int64_t j0, int64_t j1) const;
     void remove    (int64_t j0, int64_t j1); // after can_remove()
 
-    // goes on at this position with the sink tokens alone (test hook)
+    // goes on at this position with the pinned tokens alone (test hook)
     void set_position(int64_t pos);
 
     // key j was not forgotten on purpose; visible() says whether query p sees it

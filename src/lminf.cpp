@@ -7,6 +7,7 @@
 #include "llama-kv-cache-iswa.h"
 #include "llama-memory-hybrid-iswa.h"
 #include "llama-memory-hybrid.h"
+#include "llama-memory-recurrent.h"
 #include "llama-model.h"
 
 #include <algorithm>
@@ -150,6 +151,26 @@ static lminf_kv_cache * get_kv_cache(const llama_context * ctx) {
     return dynamic_cast<lminf_kv_cache *>(memory);
 }
 
+// the states beside that cache, if the model has any
+static llama_memory_recurrent * get_recurrent(const llama_context * ctx) {
+    llama_memory_i * memory = llama_get_memory(ctx);
+
+    if (auto * hybrid = dynamic_cast<llama_memory_hybrid *>(memory)) {
+        return hybrid->get_mem_recr();
+    }
+    if (auto * hybrid_iswa = dynamic_cast<llama_memory_hybrid_iswa *>(memory)) {
+        return hybrid_iswa->get_mem_recr();
+    }
+    return nullptr;
+}
+
+// after the positions of the KV caches changed
+static void align_recurrent(const llama_context * ctx, llama_seq_id seq_id) {
+    if (auto * recurrent = get_recurrent(ctx)) {
+        recurrent->seq_add(seq_id, -1, -1, get_kv_cache(ctx)->seq_pos_max(seq_id) - recurrent->seq_pos_max(seq_id));
+    }
+}
+
 static bool fail_if_not_castable(ggml_type type, const char * name) {
     switch (type) {
         case GGML_TYPE_F32:
@@ -193,12 +214,8 @@ struct llama_context * lminf_init_from_model(
 
     const uint32_t n_batch = cparams.n_batch ? cparams.n_batch : cparams.n_ubatch;
 
-    // Where llama.cpp looks at the context's size it means the largest distance: models with long and short RoPE factors
-    // choose by it. It also bounds n_batch.
-    const uint32_t n_distance = std::max(params.n_window, std::min(params.n_clamp, model->hparams.n_ctx_train));
-
     cparams.n_seq_max  = std::max(1u, cparams.n_seq_max);
-    cparams.n_ctx      = std::max(n_distance, n_batch)*cparams.n_seq_max;
+    cparams.n_ctx      = std::max(params.n_window, n_batch)*cparams.n_seq_max; // bounds n_batch
     cparams.kv_unified = cparams.n_seq_max == 1;
 
     auto group = std::make_shared<lminf_cache_group>();
@@ -288,8 +305,12 @@ int32_t lminf_decode(
             fail(LMINF_STATUS_CONTEXT, "there is no sequence " + std::to_string(seq_id));
             return -1;
         }
+        bool renumbered = false;
         for (auto * cache : kv->get_group().caches) {
-            cache->renumber(seq_id);
+            renumbered = cache->renumber(seq_id);
+        }
+        if (renumbered) {
+            align_recurrent(ctx, seq_id);
         }
     }
 
@@ -312,7 +333,13 @@ int32_t lminf_decode(
         /*.seq_id   =*/ seq_ids.data(),
         /*.logits   =*/ flags.data(),
     };
-    return llama_decode(ctx, batch);
+    const int32_t res = llama_decode(ctx, batch);
+
+    // llama.cpp undoes an unfinished micro-batch by removing it, which a recurrent state does not allow
+    if (res != 0 && res != 1 && get_kv_cache(ctx) && get_recurrent(ctx)) {
+        llama_memory_seq_rm(llama_get_memory(ctx), seq_id, -1, -1);
+    }
+    return res;
 }
 
 const char * lminf_patch_id(void) {
@@ -331,6 +358,7 @@ bool lminf_test_set_position(struct llama_context * ctx, llama_seq_id seq_id, in
     for (auto * cache : kv->get_group().caches) {
         cache->set_position(seq_id, pos);
     }
+    align_recurrent(ctx, seq_id);
     return true;
 }
 

