@@ -1,10 +1,11 @@
-"""The C++ tests of the policy, built alone with sanitizers: they need neither llama.cpp nor Python."""
+"""The C++ tests: of the policy, built alone with sanitizers, and of the memory, with the installed libraries."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
+from cpp_tests import cpp_test
 from stock import ROOT, run, tool
 
 
@@ -18,3 +19,7 @@ def test_the_policy_holds_under_sanitizers(tmp_path: Path) -> None:
     )  # fmt: skip
     run(tool("cmake"), "--build", tmp_path)
     run(tool("ctest"), "--test-dir", tmp_path, "--output-on-failure", "--no-tests=error")
+
+
+def test_the_memory_holds_through_the_c_api() -> None:
+    run(cpp_test("test_memory"))
