@@ -56,6 +56,9 @@ static std::string unsupported_reason(const llama_model & model, const llama_con
     if (hparams.vocab_only) {
         return "only its vocabulary was loaded";
     }
+    if (!model.target_layer_ids.empty() || model.arch == LLM_ARCH_GEMMA4_ASSISTANT) {
+        return "it drafts tokens for another model and cannot run alone";
+    }
     if (llm_arch_is_recurrent(model.arch)) {
         return "it is purely recurrent: its memory does not grow, there is nothing to bound";
     }
