@@ -180,7 +180,8 @@ static metadata_map metadata_on_demand(const std::string & key) {
     if (single != single_values().end()) {
         return { *single };
     }
-    for (const auto & group : { experts(), latent_attention(), latent_sliding_attention(), indexer(), hyper_connections(), recurrent_state() }) {
+    for (const auto & group : { experts(), latent_attention(), latent_sliding_attention(), indexer(), hyper_connections(),
+             recurrent_state() }) {
         if (group.count(key)) {
             return group;
         }
@@ -280,6 +281,7 @@ static metadata_map metadata_of(const std::string & arch) {
         { "dflash",         {{ "target_layers", layers_t{ 0, 1 } }} },
         { "eagle3",         {{ "block_count", 1u }, { "target_layers", layers_t{ 0, 1, 2 } }} },
         { "gemma3n",        {{ "block_count", 22u }} },   // the first 20 have keys and values of their own
+        { "jais",           {{ "attention.max_alibi_bias", 8.0f }} },
         { "llama4",         {{ "block_count", 4u }} },    // every fourth layer has no RoPE
         { "minicpm3",       latent_parts },
         { "plm",            latent_parts },
@@ -303,7 +305,9 @@ static void set_value(gguf_context * gguf, const std::string & key, const metada
         void operator()(float    x) const { gguf_set_val_f32 (gguf, key, x); }
         void operator()(bool     x) const { gguf_set_val_bool(gguf, key, x); }
 
-        void operator()(const std::vector<uint32_t> & x) const { gguf_set_arr_data(gguf, key, GGUF_TYPE_UINT32, x.data(), x.size()); }
+        void operator()(const layers_t & x) const {
+            gguf_set_arr_data(gguf, key, GGUF_TYPE_UINT32, x.data(), x.size());
+        }
     };
     std::visit(setter{ gguf, key.c_str() }, value);
 }

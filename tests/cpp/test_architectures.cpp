@@ -106,7 +106,8 @@ static report examine(llama_model & model) {
         res.results = check_invariants(model);
     } else if (lminf_last_status() == LMINF_STATUS_UNSUPPORTED) {
         const std::string error = lminf_last_error();
-        res.reason = error.substr(error.find("): ") + 3);
+        const size_t      begin = error.find("): "); // the architecture's name and a colon, then the reason
+        res.reason = begin == std::string::npos ? error : error.substr(begin + 3);
     } else {
         res.results = { { "context", FAILED, NAN, lminf_last_error() } };
     }
@@ -123,6 +124,9 @@ static std::vector<metadata_map> variants_of(llm_arch arch) {
     };
     if (arch == LLM_ARCH_BAICHUAN) {
         res.push_back({{ "block_count", 40u }}); // ALiBi
+    }
+    if (arch == LLM_ARCH_EXAONE4) {
+        res.push_back({{ "block_count", 64u }, { "attention.sliding_window", 16u }});
     }
     if (arch == LLM_ARCH_DEEPSEEK2) {
         res.push_back({ // latents multiplied out before they are stored, as in older files
@@ -226,7 +230,8 @@ int main(int argc, char ** argv) {
         }
         for (const auto & report : examine_all_kinds(arch)) {
             json ? print_json(report) : print_text(report);
-            ok = ok && std::all_of(report.results.begin(), report.results.end(), [](const result & result) { return result.verdict != FAILED; });
+            ok = ok && std::none_of(report.results.begin(), report.results.end(),
+                           [](const result & result) { return result.verdict == FAILED; });
         }
         fflush(stdout);
     }
