@@ -18,7 +18,7 @@ static constexpr uint32_t n_rollback = 16;
 // Largest difference of two logits that should be equal up to rounding, relative to the root mean square of all logits.
 // ggml rounds the input of GELU to f16 on the CPU, so where sums run in another order an activation can move by 2^-11 of
 // its size; without GELU differences stay below 1e-5. Other sink tokens, a ninth of what a query sees, move logits by more
-// than 1e-2.
+// than 1e-2. Deep models that choose by threshold (Gemma 3n) need more: see limit_of().
 static constexpr double tolerance = 1e-3;
 
 using tokens_t = std::vector<llama_token>;
@@ -140,8 +140,8 @@ static double difference(const logits_t & actual, const logits_t & expected) {
 // checks
 //
 
-static result equal_up_to_rounding(const std::string & name, double value, const std::string & note = "") {
-    return { name, value <= tolerance ? PASSED : FAILED, value, note };
+static result at_most(double limit, const std::string & name, double value, const std::string & note = "") {
+    return { name, value <= limit ? PASSED : FAILED, value, note };
 }
 
 static result not_checked(const std::string & name, const std::string & reason) {
@@ -149,7 +149,7 @@ static result not_checked(const std::string & name, const std::string & reason) 
 }
 
 // nothing changes before anything is masked or clamped
-static result check_unchanged(llama_model & model) {
+static result check_unchanged(llama_model & model, double limit) {
     const tokens_t tokens = make_tokens(model, 96, 1);
 
     const llama_context_ptr plain(llama_init_from_model(&model, make_cparams(16, 1)));
@@ -158,11 +158,11 @@ static result check_unchanged(llama_model & model) {
         throw std::runtime_error(plain ? lminf_last_error() : "no plain context");
     }
     const logits_t expected = eval(plain.get(), tokens, 0, tokens.size());
-    return equal_up_to_rounding("unchanged", difference(eval(ctx.get(), tokens, 0, tokens.size()), expected));
+    return at_most(limit, "unchanged", difference(eval(ctx.get(), tokens, 0, tokens.size()), expected));
 }
 
 // the same logits however a text of several windows is cut
-static result check_batches(llama_model & model) {
+static result check_batches(llama_model & model, double limit) {
     const tokens_t tokens   = make_tokens(model, 5*n_window, 2);
     const logits_t expected = eval(make_context(model).get(), tokens, 0, tokens.size());
 
@@ -171,11 +171,11 @@ static result check_batches(llama_model & model) {
     const double seven = difference(eval(make_context(model, 7).get(), tokens, 0, tokens.size()), expected);
     const double mixed = difference(eval(make_context(model).get(), tokens, 0, tokens.size(),
             [&]() { return 1 + generator() % 40; }), expected);
-    return equal_up_to_rounding("batches", std::max({ one, seven, mixed }));
+    return at_most(limit, "batches", std::max({ one, seven, mixed }));
 }
 
 // sequences of different ages in one batch, each as if it were alone
-static result check_sequences(llama_model & model) {
+static result check_sequences(llama_model & model, double limit) {
     const std::vector<size_t> ages = { 100, 37, 0 };
 
     std::vector<tokens_t> tokens;
@@ -213,11 +213,11 @@ static result check_sequences(llama_model & model) {
         eval(alone.get(), tokens[s], 0, ages[s]);
         worst = std::max(worst, difference(logits[s], eval(alone.get(), tokens[s], ages[s], next[s])));
     }
-    return equal_up_to_rounding("sequences", worst);
+    return at_most(limit, "sequences", worst);
 }
 
 // 20 windows: the logits stay finite and of the size they had
-static result check_stream(llama_model & model) {
+static result check_stream(llama_model & model, double /*limit*/) {
     const tokens_t tokens = make_tokens(model, 20*n_window, 7);
     const logits_t logits = eval(make_context(model).get(), tokens, 0, tokens.size());
 
@@ -230,7 +230,7 @@ static result check_stream(llama_model & model) {
 }
 
 // removing the tail gives the logits of never having had it, or is refused and changes nothing
-static result check_removal(llama_model & model) {
+static result check_removal(llama_model & model, double limit) {
     const size_t   n_keep = 3*n_window;
     const tokens_t tokens = make_tokens(model, n_keep + 2*n_rollback, 8);
     tokens_t       longer = make_tokens(model, n_keep + 2*n_rollback, 9);
@@ -245,12 +245,12 @@ static result check_removal(llama_model & model) {
     const auto never = make_context(model);
     eval(never.get(), text, 0, next);
     const logits_t expected = eval(never.get(), text, next, text.size());
-    return equal_up_to_rounding("removal", difference(eval(ctx.get(), text, next, text.size()), expected),
+    return at_most(limit, "removal", difference(eval(ctx.get(), text, next, text.size()), expected),
             removed ? "exact" : "refused");
 }
 
 // what has left the window of every layer changes nothing any more, a sink token does
-static result check_window(llama_model & model) {
+static result check_window(llama_model & model, double limit) {
     const llama_hparams & hparams = model.hparams;
 
     const size_t reach = hparams.n_layer()*std::max(n_window, hparams.n_swa) + n_sink;
@@ -278,22 +278,26 @@ static result check_window(llama_model & model) {
     const logits_t expected = last_logits(tokens);
     const double   evicted  = difference(last_logits(no_first), expected);
     const double   sink     = difference(last_logits(no_sink),  expected);
-    const bool     lasting  = sink > 10*tolerance;
-    return { "window", evicted <= tolerance && lasting ? PASSED : FAILED, evicted, lasting ? "" : "sink tokens have no effect" };
+    const bool     lasting  = sink > 2*limit;
+    return { "window", evicted <= limit && lasting ? PASSED : FAILED, evicted, lasting ? "" : "sink tokens have no effect" };
 }
 
-// whether plain llama.cpp already gives other logits when a text is cut otherwise
-static bool plain_depends_on_batches(llama_model & model) {
-    const tokens_t tokens = make_tokens(model, 40, 11);
-    const llama_context_ptr a(llama_init_from_model(&model, make_cparams(16, 1)));
-    const llama_context_ptr b(llama_init_from_model(&model, make_cparams(16, 1)));
-    return a && b && difference(eval(a.get(), tokens, 0, tokens.size()),
-            eval(b.get(), tokens, 0, tokens.size(), []() { return 1; })) > tolerance;
+// tolerance, or more if the same text cut otherwise differs by more in plain llama.cpp already
+static double limit_of(llama_model & model) {
+    const tokens_t tokens = make_tokens(model, 96, 11);
+
+    const llama_context_ptr batches(llama_init_from_model(&model, make_cparams(16, 1)));
+    const llama_context_ptr singles(llama_init_from_model(&model, make_cparams(16, 1)));
+    if (!batches || !singles) {
+        throw std::runtime_error("no plain context");
+    }
+    const logits_t expected = eval(batches.get(), tokens, 0, tokens.size());
+    return std::max(tolerance, 4.0*difference(eval(singles.get(), tokens, 0, tokens.size(), []() { return 1; }), expected));
 }
 
 struct check {
     const char * name;
-    result    (* run)(llama_model & model);
+    result    (* run)(llama_model & model, double limit);
     bool         other_batches; // compares batches that are cut differently
 };
 
@@ -307,16 +311,26 @@ static const std::vector<check> checks = {
 };
 
 std::vector<result> check_invariants(llama_model & model) {
-    const bool plain_depends = plain_depends_on_batches(model);
+    double limit = 0.0;
+    try {
+        limit = limit_of(model);
+    } catch (const std::exception & error) {
+        return { { "plain", FAILED, NAN, error.what() } };
+    }
+
+    const bool depends_on_batches = limit > 50*tolerance;
+    if (depends_on_batches) {
+        limit = tolerance;
+    }
 
     std::vector<result> res;
     for (const auto & check : checks) {
-        if (plain_depends && check.other_batches) {
+        if (depends_on_batches && check.other_batches) {
             res.push_back(not_checked(check.name, "llama.cpp's own logits depend on how a text is cut"));
             continue;
         }
         try {
-            res.push_back(check.run(model));
+            res.push_back(check.run(model, limit));
         } catch (const std::exception & error) {
             res.push_back({ check.name, FAILED, NAN, error.what() });
         }

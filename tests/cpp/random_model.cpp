@@ -74,7 +74,7 @@ static metadata_map latent_attention() {
 static metadata_map indexer() {
     return {
         { "attention.indexer.head_count",   2u },
-        { "attention.indexer.key_length",   32u },
+        { "attention.indexer.key_length",   64u },
         { "attention.indexer.top_k",        131072u },
         { "attention.indexer.types",        layers_t{ 1, 0 } },
         { "attention.indexer.block_size",   4u },
@@ -236,7 +236,6 @@ static metadata_map metadata_of(const std::string & arch) {
         { "arctic",         experts() },
         { "cohere2moe",     experts() + metadata_map{{ "attention.layer_norm_epsilon", 1e-5f }} },
         { "dbrx",           experts() },
-        { "deepseek4",      experts() + metadata_map{{ "expert_gating_func", 4u }} },
         { "grok",           experts() },
         { "llada-moe",      experts() },
         { "minimax-01",     experts() },
@@ -259,7 +258,10 @@ static metadata_map metadata_of(const std::string & arch) {
         { "nomic-bert-moe", encoder + experts() },
 
         { "bailingmoe3",    latent_then_recurrent },
-        { "glm5-next",      latent_then_recurrent },
+        { "glm5-next",      latent_then_recurrent + metadata_map{ // nothing is rotated
+            { "attention.key_length", 32u },
+            { "rope.dimension_count", 0u },
+        } },
         { "granitehybrid",  attention_then_recurrent },
         { "jamba",          attention_then_recurrent },
         { "kimi-k3",        latent_then_recurrent },
@@ -268,7 +270,7 @@ static metadata_map metadata_of(const std::string & arch) {
         { "lfm2moe",        attention_then_recurrent },
         { "nemotron_h",     one_of_each },
         { "nemotron_h_moe", experts() + one_of_each },
-        { "plamo2",         attention_then_recurrent },
+        { "plamo2",         attention_then_recurrent + metadata_map{{ "ssm.group_count", 0u }} },
         { "qwen35",         delta_net },
         { "qwen35moe",      experts() + delta_net },
         { "qwen3next",      experts() + delta_net },
@@ -278,13 +280,22 @@ static metadata_map metadata_of(const std::string & arch) {
 
         { "afmoe",          {{ "attention.sliding_window", 16u }} },
         { "chameleon",      {{ "vocab_size", 8256u }} },  // 8192 tokens of images are among them
+        { "deepseek4",      experts() + metadata_map{
+            { "expert_gating_func",      4u },
+            { "attention.head_count_kv", 1u },
+            { "attention.key_length",    32u },
+            { "attention.value_length",  32u },
+        } },
         { "dflash",         {{ "target_layers", layers_t{ 0, 1 } }} },
+        { "dots3note",      {{ "attention.sliding_window_pattern", layers_t{ 0, 1 } }} }, // the first layer has an indexer
         { "eagle3",         {{ "block_count", 1u }, { "target_layers", layers_t{ 0, 1, 2 } }} },
         { "gemma3n",        {{ "block_count", 22u }} },   // the first 20 have keys and values of their own
         { "jais",           {{ "attention.max_alibi_bias", 8.0f }} },
         { "llama4",         {{ "block_count", 4u }} },    // every fourth layer has no RoPE
         { "minicpm3",       latent_parts },
+        { "paddleocr",      {{ "rope.dimension_sections", layers_t{ 8, 4, 4, 0 } }} },
         { "plm",            latent_parts },
+        { "qwen3tts",       {{ "vocab_size", 3072u }} }, // as many as its output layer has
         { "hrm_text",       {
             { "block_count",          6u }, // passes through two layers
             { "hrm.layers_per_stack", 1u },

@@ -127,7 +127,7 @@ def page(reports: list[Report]) -> str:
             "| --- | --- | --- | --- |",
             *rows,
             "",
-            "No model could be made of these; llama.cpp's reason:",
+            "No model could be made of these:",
             "",
             "| architecture | reason |",
             "| --- | --- |",
