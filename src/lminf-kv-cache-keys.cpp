@@ -20,6 +20,9 @@ lminf_runner & lminf_kv_cache::get_runner() {
 }
 
 bool lminf_kv_cache::place_keys(const std::vector<key_move> & moves) {
+    if (layers.empty()) { // all layers have sliding windows
+        return true;
+    }
     // a few small rows: more threads would only wait for each other
     return move_keys(moves, true, 1);
 }
@@ -103,14 +106,14 @@ bool lminf_kv_cache::move_keys(const std::vector<key_move> & moves, bool from_or
 }
 
 bool lminf_kv_cache::copy_values(llama_seq_id seq_id, int64_t copy) {
+    if (layers.empty() || !layers[0].v) { // latent attention: values are a part of the keys
+        return true;
+    }
     const int64_t dst = policy.sink_cell(copy, 0);
 
     const auto build = [&](ggml_context * ctx, ggml_cgraph * gf) {
         for (const auto & layer : layers) {
             ggml_tensor * v = layer.v_stream[seq_id];
-            if (!v) {
-                continue; // latent attention: values are a part of the keys
-            }
 
             const int64_t n_embd = v->ne[0];
             const size_t  size   = ggml_row_size(v->type, n_embd);

@@ -71,8 +71,14 @@ static std::string unsupported_reason(const llama_model & model, const llama_con
     if (hparams.rope_type == LLAMA_ROPE_TYPE_VISION) {
         return "its RoPE is that of a vision model";
     }
+    if (hparams.indexer_head_size > 0 || model.arch == LLM_ARCH_QWEN4EXP) {
+        return "its sparse attention chooses keys by a cache of their own";
+    }
     if (hparams.ple_n_heads > 0) {
         return "its input embeddings depend on the tokens before";
+    }
+    if (model.arch == LLM_ARCH_PLAMO2 && cparams.n_seq_max > 1) {
+        return "llama.cpp's own graph of it stops the process when a batch does not begin with sequence 0: use one sequence";
     }
     if (cparams.ctx_type != LLAMA_CONTEXT_TYPE_DEFAULT) {
         return "the context is not a plain one (multi-token prediction)";
