@@ -61,10 +61,15 @@ lminf_rope lminf_rope::find(const ggml_tensor * k_cur) {
     }
     const ggml_tensor * t = skip_moves(k_cur);
 
-    // a norm without weights, over a whole head, commutes with the rotation (Llama 4)
-    if (t && (t->op == GGML_OP_RMS_NORM || t->op == GGML_OP_L2_NORM)) {
-        const ggml_tensor * rope = skip_moves(t->src[0]);
-        if (rope && rope->op == GGML_OP_ROPE && rope->ne[0] == t->ne[0]) {
+    // A norm over a whole head commutes with the rotation (Llama 4); its weights do not, but can be taken off (Hunyuan).
+    const ggml_tensor * norm = t;
+    if (t && t->op == GGML_OP_MUL && t->src[1]->op == GGML_OP_NONE && t->src[1]->ne[0] == ggml_nelements(t->src[1])) {
+        norm = skip_moves(t->src[0]);
+    }
+    if (norm && (norm->op == GGML_OP_RMS_NORM || norm->op == GGML_OP_L2_NORM)) {
+        const ggml_tensor * rope = skip_moves(norm->src[0]);
+        if (rope && rope->op == GGML_OP_ROPE && rope->ne[0] == norm->ne[0]) {
+            res.norm_weight = norm == t ? nullptr : t->src[1];
             t = rope;
         }
     }
@@ -80,6 +85,8 @@ lminf_rope lminf_rope::find(const ggml_tensor * k_cur) {
         } else if (b->op == GGML_OP_ROPE && is_plain(a)) {
             res.read(b);
             res.n_offs += (int) t->src[0]->ne[0];
+        } else if (is_plain(a) && is_plain(b)) {
+            res.state = PLAIN;
         }
     } else if (is_plain(t)) {
         res.state = PLAIN;
@@ -131,11 +138,16 @@ ggml_tensor * lminf_rope::apply(ggml_context * ctx, ggml_tensor * cur, ggml_tens
     if (state != ROTATED) {
         return cur;
     }
+    if (norm_weight) {
+        cur = ggml_div(ctx, cur, norm_weight);
+    }
     cur = mode & GGML_ROPE_TYPE_MROPE
         ? ggml_rope_multi(ctx, cur, pos, factors, n_dims, const_cast<int *>(sections), mode, n_ctx_orig, freq_base, freq_scale,
                 ext_factor, attn_factor, beta_fast, beta_slow)
         : ggml_rope_ext(ctx, cur, pos, factors, n_dims, mode, n_ctx_orig, freq_base, freq_scale,
                 ext_factor, attn_factor, beta_fast, beta_slow);
 
-    return ggml_rope_set_offset(cur, n_offs);
+    cur = ggml_rope_set_offset(cur, n_offs);
+
+    return norm_weight ? ggml_mul(ctx, cur, norm_weight) : cur;
 }

@@ -43,7 +43,8 @@ private:
     float beta_fast   = 0.0f;
     float beta_slow   = 0.0f;
 
-    ggml_tensor * factors = nullptr; // a weight of the model, or none
+    ggml_tensor * factors     = nullptr; // weights of the model, or none
+    ggml_tensor * norm_weight = nullptr; // of a norm after RoPE
 
     void read(const ggml_tensor * rope);
 

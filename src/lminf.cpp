@@ -77,8 +77,8 @@ static std::string unsupported_reason(const llama_model & model, const llama_con
     if (hparams.ple_n_heads > 0) {
         return "its input embeddings depend on the tokens before";
     }
-    if (model.arch == LLM_ARCH_PLAMO2 && cparams.n_seq_max > 1) {
-        return "llama.cpp's own graph of it stops the process when a batch does not begin with sequence 0: use one sequence";
+    if ((model.arch == LLM_ARCH_PLAMO2 || model.arch == LLM_ARCH_KIMI_LINEAR) && cparams.n_seq_max > 1) {
+        return "llama.cpp's own graph of it stops the process with several sequences; use n_seq_max = 1";
     }
     if (cparams.ctx_type != LLAMA_CONTEXT_TYPE_DEFAULT) {
         return "the context is not a plain one (multi-token prediction)";
