@@ -28,8 +28,8 @@ LOCK_PATH = HERE / "llama.cpp.lock.json"
 PATCH_PATH = HERE.parent / "src" / "patches" / "llama.cpp.patch"
 
 SUBDIRECTORY = "vendor/llama.cpp"
-# What libllama and ggml are built from. The rest (models, tools, documentation) is three quarters of the tree.
-NEEDED = ("CMakeLists.txt", "LICENSE", "cmake", "ggml", "include", "src", "vendor")
+# What libllama, ggml and the extension are built from. The rest (models, tools, documentation) is most of the tree.
+NEEDED = ("CMakeLists.txt", "LICENSE", "cmake", "common", "ggml", "include", "src", "vendor")
 STAMP = ".lminf-complete"
 
 
@@ -316,6 +316,8 @@ def check_complete(folder: Path) -> None:
     stamp = folder / STAMP
     if not stamp.is_file():
         problem = "is a half-finished extraction of llama.cpp"
+    elif not all((folder / top).exists() for top in NEEDED):
+        problem = "was extracted by an earlier version of this build, which needed less of llama.cpp"
     elif stamp.read_text(encoding="utf-8") != sha256_of_tree(folder):
         problem = "was changed after llama.cpp was extracted to it"
     else:

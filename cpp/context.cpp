@@ -133,7 +133,8 @@ void Context::use::throw_decode_error(int32_t status, const std::string & reason
     }
 }
 
-void Context::use::decode(const llama_token * tokens, size_t n_tokens, bool all_logits) {
+void Context::use::decode(
+    const llama_token * tokens, size_t n_tokens, bool all_logits, const py::object * callers_check) {
     if (n_tokens < 1 || n_tokens > llama_n_batch(ctx())) {
         throw error(error_type::config,
             std::to_string(n_tokens) + " tokens: decode from 1 to " + std::to_string(llama_n_batch(ctx())) +
@@ -145,7 +146,7 @@ void Context::use::decode(const llama_token * tokens, size_t n_tokens, bool all_
     const log_scope           scope(context.model->verbose);
 
     forget_logits();
-    context.interrupt.restart();
+    context.interrupt.restart(callers_check);
     const int32_t status =
         lminf_decode(ctx(), seq_id, tokens, static_cast<int32_t>(n_tokens), all_logits ? output.data() : nullptr);
     if (status == 0) {
@@ -156,6 +157,27 @@ void Context::use::decode(const llama_token * tokens, size_t n_tokens, bool all_
     if (status != 0) {
         throw_decode_error(status, scope.explain("llama.cpp could not decode (" + std::to_string(status) + ")"));
     }
+}
+
+void Context::use::truncate(int64_t n_past) {
+    const int64_t n_now = lminf_n_past(ctx(), seq_id);
+    if (n_past < 0 || n_past > n_now) {
+        throw error(error_type::config,
+            "n_past = " + std::to_string(n_past) + ": must be from 0 to the present " + std::to_string(n_now));
+    }
+    if (n_past == n_now) {
+        return;
+    }
+    const log_scope scope(context.model->verbose);
+    llama_memory_t  memory = llama_get_memory(ctx());
+    // llama_pos is counted from somewhere else than logical positions in a very long sequence
+    const int64_t p0 = n_past == 0 ? 0 : llama_memory_seq_pos_max(memory, seq_id) + 1 - (n_now - n_past);
+    if (p0 < 0 || !llama_memory_seq_rm(memory, seq_id, static_cast<llama_pos>(p0), -1)) {
+        throw error(error_type::state,
+            "the last " + std::to_string(n_now - n_past) +
+                " tokens cannot be removed exactly: what they pushed out of the window is gone (see n_rollback)");
+    }
+    forget_logits();
 }
 
 const float * Context::use::last_logits() const {

@@ -74,11 +74,16 @@ public:
     llama_context * ctx() const { return context.ptr.get(); }
 
     // Appends tokens, at most n_batch, and computes the logits of all of them or of the last one.
-    // Raises what a signal handler raised meanwhile; then complete micro-batches stay in the sequence.
-    void decode(const llama_token * tokens, size_t n_tokens, bool all_logits);
+    // Raises what a signal handler, or the caller's check (called about every 50 ms), raised meanwhile; then complete
+    // micro-batches stay in the sequence.
+    void decode(const llama_token * tokens, size_t n_tokens, bool all_logits,
+        const pybind11::object * callers_check = nullptr);
 
     // Logits of the last token of this sequence, [n_vocab]. Throws error_type::state if they are not there.
     const float * last_logits() const;
+
+    // Removes everything from position n_past on. Throws error_type::state if that is not possible exactly.
+    void truncate(int64_t n_past);
 
     // After anything else than decode() changed a sequence.
     void forget_logits() { context.logits_of.reset(); }

@@ -1,4 +1,5 @@
 // Ctrl-C while the GIL is released: lets Python run its signal handlers now and then and remembers what they raised.
+// A caller's own check, such as one for a cancelled request, is called along with them.
 
 #pragma once
 
@@ -23,6 +24,8 @@ public:
         pybind11::gil_scoped_acquire gil;
         if (PyErr_CheckSignals() != 0) {
             raised.emplace();
+        } else if (check && !check->is_none()) {
+            call(*check);
         }
         next = clock::now() + interval;
         return raised.has_value();
@@ -39,8 +42,11 @@ public:
         return raised.has_value();
     }
 
-    // Before the work.
-    void restart() { next = clock::now() + interval; }
+    // Before the work. The caller's check is a Python callable or None, and has to stay alive during the work.
+    void restart(const pybind11::object * callers_check = nullptr) {
+        next  = clock::now() + interval;
+        check = callers_check;
+    }
 
     // After the work, with or without the GIL: raises what was remembered.
     void rethrow() {
@@ -56,7 +62,8 @@ private:
 
     static constexpr auto interval = std::chrono::milliseconds(50);
 
-    clock::time_point                          next = clock::now() + interval;
+    clock::time_point                          next  = clock::now() + interval;
+    const pybind11::object *                   check = nullptr;
     std::optional<pybind11::error_already_set> raised;
 };
 

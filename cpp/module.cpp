@@ -29,4 +29,5 @@ PYBIND11_MODULE(_core, m) {
     lminf_python::register_model(m);
     lminf_python::register_context(m);
     lminf_python::register_sampler(m);
+    lminf_python::register_chat(m);
 }

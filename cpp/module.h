@@ -11,5 +11,6 @@ void register_backend(pybind11::module_ & m);
 void register_model(pybind11::module_ & m);
 void register_context(pybind11::module_ & m);
 void register_sampler(pybind11::module_ & m);
+void register_chat(pybind11::module_ & m);
 
 } // namespace lminf_python

@@ -61,9 +61,15 @@ static std::unique_ptr<Context> make_context(std::shared_ptr<Model> model, std::
     return std::make_unique<Context>(std::move(model), options);
 }
 
-static void decode(Context & context, const token_array & tokens, llama_seq_id seq_id) {
+static void decode(
+    Context & context, const token_array & tokens, llama_seq_id seq_id, const py::object & callers_check) {
     Context::use held(context, seq_id);
-    held.decode(tokens.data(), tokens.size(), false);
+    held.decode(tokens.data(), tokens.size(), false, &callers_check);
+}
+
+static void truncate(Context & context, int64_t n_past, llama_seq_id seq_id) {
+    Context::use held(context, seq_id);
+    held.truncate(n_past);
 }
 
 static void eval(Context & context, const token_array & tokens, float_array & out, llama_seq_id seq_id) {
@@ -237,7 +243,8 @@ void register_context(py::module_ & m) {
         .def_property_readonly("params", &resolved_params)
         .def("n_past", &Context::n_past, seq_id)
         .def("stats", &stats, seq_id)
-        .def("decode", &decode, tokens, seq_id)
+        .def("decode", &decode, tokens, seq_id, py::arg("check") = py::none())
+        .def("truncate", &truncate, py::arg("n_past"), seq_id)
         .def("eval", &eval, tokens, out, seq_id)
         .def("score", &score, tokens, py::arg("targets").noconvert(), out, seq_id)
         .def("last_logits", &last_logits, seq_id)

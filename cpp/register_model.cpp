@@ -139,6 +139,18 @@ static py::bytes token_to_piece(const Model & model, llama_token token, bool spe
     return py::bytes(piece.data(), n);
 }
 
+// Spellings of the tokens that stand for structure, such as the beginning of a turn, and not for text.
+static std::vector<py::bytes> control_tokens(const Model & model) {
+    require_tokenizer(model);
+    std::vector<py::bytes> texts;
+    for (llama_token token = 0; token < model.n_vocab(); token++) {
+        if (llama_vocab_is_control(model.vocab, token)) {
+            texts.emplace_back(token_to_piece(model, token, true));
+        }
+    }
+    return texts;
+}
+
 // snprintf-like functions of llama.h: they return the length without the final zero
 template <typename F> static std::string read_string(F && f) {
     std::string   text(256, '\0');
@@ -212,6 +224,7 @@ void register_model(py::module_ & m) {
         .def_property_readonly("bos", of_vocab(llama_vocab_bos))
         .def_property_readonly("eos", of_vocab(llama_vocab_eos))
         .def_property_readonly("add_bos", of_vocab(llama_vocab_get_add_bos))
+        .def_property_readonly("control_tokens", &control_tokens)
         .def(
             "is_eog",
             [](const Model & model, llama_token token) {

@@ -84,6 +84,11 @@ LLAMA_API int64_t lminf_n_past(const struct llama_context * ctx, llama_seq_id se
 LLAMA_API int32_t lminf_decode(
         struct llama_context * ctx, llama_seq_id seq_id, const llama_token * tokens, int32_t n_tokens, const int8_t * output);
 
+// Whether llama_sampler_init_grammar() can be given this GBNF text; if not, why (cut off at size bytes). The sampler would
+// print to standard error instead, and some left-recursive rules would let it use memory without end.
+LLAMA_API bool lminf_check_grammar(
+        const struct llama_model * model, const char * grammar, const char * root, char * reason, size_t size);
+
 // SHA-256 (hex) of the llama.cpp source and the patch that this library was built from.
 LLAMA_API const char * lminf_patch_id(void);
 
