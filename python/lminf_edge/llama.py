@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import codecs
 import os
 import random
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
 from types import TracebackType
 
 import numpy as np
@@ -17,19 +15,25 @@ import numpy.typing as npt
 from lminf_edge._checks import check_bool, check_choice, check_int, check_optional_int
 from lminf_edge._library import _core
 from lminf_edge._params import batch_sizes, from_params, to_params
+from lminf_edge.chat_prompt import ChatFormat
+from lminf_edge.chat_template import builtin_template_names
+from lminf_edge.completion_methods import CompletionMethods
 from lminf_edge.config import LMInfConfig
-from lminf_edge.errors import ConfigError, ContextError, StateError, UnsupportedModelError
+from lminf_edge.drawing import DrawOptions, draw_tokens
+from lminf_edge.errors import ConfigError, UnsupportedModelError
 from lminf_edge.gguf_file import check_gguf_file
-from lminf_edge.records import GenerationStep, MemoryStats
+from lminf_edge.records import GenerationStep, MemoryStats, TextPiece
 from lminf_edge.sampling import N_SEED_MAX, SamplingOptions
+from lminf_edge.sequence import ModelSequence
 from lminf_edge.system import default_n_threads, resident_bytes
+from lminf_edge.text_generation import TextOptions, write_text
 from lminf_edge.tokens import TokenArray, TokenSequence, as_token_array
 
 N_CTX_MAX = 2**24
 """Longer plain contexts fill the machine's memory before llama.cpp finds out that they do not fit."""
 
 
-class Llama:
+class Llama(CompletionMethods):
     """A GGUF model and one sequence of tokens that grows with every call.
 
     With `lminf` the sequence never ends: memory and speed stay what they are after the first window. Without it this
@@ -53,6 +57,7 @@ class Llama:
         cache_type_v: Type of the cached values. Quantised values need flash attention.
         flash_attn: None: when llama.cpp finds it supported.
         seed: Makes generation repeatable. None: a random one.
+        chat_format: One of llama.cpp's chat formats, such as "chatml". None: the chat template in the model file.
         use_mmap: Map the model file instead of reading it.
         use_mlock: Forbid the system to swap the model out.
         verbose: Show llama.cpp's own log on standard error.
@@ -80,6 +85,7 @@ class Llama:
         cache_type_v: str = "f16",
         flash_attn: bool | None = None,
         seed: int | None = None,
+        chat_format: str | None = None,
         use_mmap: bool = True,
         use_mlock: bool = False,
         verbose: bool = False,
@@ -97,6 +103,9 @@ class Llama:
             check_bool("flash_attn", flash_attn)
         for name, cache_type in (("cache_type_k", cache_type_k), ("cache_type_v", cache_type_v)):
             check_choice(name, cache_type, _core.cache_types())
+        if chat_format is not None:
+            check_choice("chat_format", chat_format, builtin_template_names())
+        self._chat_format_name = chat_format
         self._random = random.Random(check_optional_int("seed", seed, 0, N_SEED_MAX))
         context_options = {
             "n_ctx": check_optional_int("n_ctx", n_ctx, 1, N_CTX_MAX) or 0,
@@ -124,12 +133,9 @@ class Llama:
             cache_type_v=cache_type_v,
             **context_options,
         )
-        self._open: tuple[_core.Model, _core.Context] | None = (model, context)
-        self._n_ctx = None if lminf is not None else context.n_ctx
-        self._n_batch = context.n_batch
+        self._sequence = ModelSequence(model, context, None if lminf is not None else context.n_ctx)
         self._n_ubatch = context.n_ubatch
         self._config = from_params(context.params)
-        self._computing = threading.Lock()
 
     @property
     def config(self) -> LMInfConfig | None:
@@ -139,7 +145,7 @@ class Llama:
     @property
     def n_ctx(self) -> int | None:
         """Length at which the context is full, in tokens. None: never (LM-Infinite)."""
-        return self._n_ctx
+        return self._sequence.n_ctx
 
     @property
     def n_ctx_train(self) -> int:
@@ -167,12 +173,17 @@ class Llama:
         return self._model.chat_template
 
     @property
+    def model_name(self) -> str:
+        """Name of the model file."""
+        return Path(self._model.path).name
+
+    @property
     def n_past(self) -> int:
         """Position of the next token, counted from 0 and not limited to 32 bits: the number of tokens seen.
 
         Safe to read while another thread computes; it then moves with each completed call into llama.cpp.
         """
-        return self._context.n_past()
+        return self._sequence.n_past
 
     def tokenize(self, text: str | bytes, add_bos: bool = True, special: bool = False) -> list[int]:
         """Splits a text into tokens.
@@ -221,12 +232,12 @@ class Llama:
             StateError: The object is closed, or another thread computes with it.
         """
         checked = self._to_tokens(tokens)
-        with self._exclusive():
-            self._check_room(checked.size)
+        with self._sequence.exclusive(), self._sequence.recording(checked) as context:
+            self._sequence.check_room(checked.size)
             logits = np.empty((checked.size, self.n_vocab), np.float32)
             for begin in range(0, checked.size, self._n_ubatch):
                 end = begin + self._n_ubatch
-                self._context.eval(checked[begin:end], logits[begin:end])
+                context.eval(checked[begin:end], logits[begin:end])
         return logits
 
     def logprobs(self, tokens: TokenSequence) -> npt.NDArray[np.float32]:
@@ -259,7 +270,7 @@ class Llama:
             ConfigError, ContextError, StateError: As for `eval`.
         """
         checked = self._to_tokens(tokens)
-        self._check_room(checked.size)
+        self._sequence.check_room(checked.size)
         return self._score_micro_batches(checked)
 
     def _score_micro_batches(self, tokens: TokenArray) -> Iterator[npt.NDArray[np.float32]]:
@@ -267,8 +278,8 @@ class Llama:
             end = begin + self._n_ubatch
             targets = tokens[begin + 1 : end + 1]
             scores = np.empty(targets.size, np.float32)
-            with self._exclusive():
-                self._context.score(tokens[begin:end], targets, scores)
+            with self._sequence.exclusive(), self._sequence.recording(tokens[begin:end]) as context:
+                context.score(tokens[begin:end], targets, scores)
             yield scores
 
     def generate(
@@ -284,8 +295,11 @@ class Llama:
         frequency_penalty: float = 0.0,
         presence_penalty: float = 0.0,
         penalty_last_n: int = 64,
+        logit_bias: Mapping[int, float] | None = None,
+        grammar: str = "",
         seed: int | None = None,
         stop_at_end: bool = True,
+        n_top_logprobs: int = 0,
     ) -> Iterator[GenerationStep]:
         """Appends a prompt to the sequence, then draws tokens one by one.
 
@@ -305,17 +319,23 @@ class Llama:
             frequency_penalty: The same, by occurrence.
             presence_penalty: The same, once.
             penalty_last_n: How many tokens back the penalties look, prompt included.
+            logit_bias: Added to the logits of some tokens, by token id.
+            grammar: GBNF with a rule named root, which the drawn text has to follow. "" is none.
             seed: Makes this call repeatable. None: the next one from the seed that the object was made with.
             stop_at_end: Stop when the model draws an end-of-generation token.
+            n_top_logprobs: Look up this many of the most probable tokens at each step.
 
         Returns:
             An iterator over the steps. The arguments are checked now; the prompt is read when the first step is asked
             for.
 
         Raises:
-            ConfigError, ContextError, StateError: As for `eval`; a plain context may also become full between steps.
+            ConfigError, ContextError, StateError: As for `eval`; a plain context may also become full between steps,
+                another call may change the sequence between them, and a grammar may leave no token to draw.
         """
         options = SamplingOptions(
+            grammar=grammar,
+            logit_bias=logit_bias or {},
             repeat_penalty=repeat_penalty,
             frequency_penalty=frequency_penalty,
             presence_penalty=presence_penalty,
@@ -325,56 +345,62 @@ class Llama:
             min_p=min_p,
             temperature=temperature,
         )
-        check_int("max_tokens", max_tokens, -1)
-        check_bool("stop_at_end", stop_at_end)
+        drawing = DrawOptions(
+            max_tokens=check_int("max_tokens", max_tokens, -1),
+            stop_at_end=check_bool("stop_at_end", stop_at_end),
+            n_top_logprobs=check_int("n_top_logprobs", n_top_logprobs, 0),
+        )
         seed = check_optional_int("seed", seed, 0, N_SEED_MAX)
         if isinstance(prompt, str | bytes):
             prompt = self.tokenize(prompt, add_bos=self.n_past == 0)
         tokens = self._to_tokens(prompt, allow_empty=self.n_past > 0)
-        self._check_room(tokens.size)
-        if seed is None:
-            seed = self._random.randint(0, N_SEED_MAX)
-        return self._draw_tokens(tokens, options.sampler(self._model, seed), max_tokens, stop_at_end)
+        self._sequence.check_room(tokens.size)
+        sampler = options.sampler(self._model, self._next_seed(seed))
+        return draw_tokens(self._sequence, tokens, sampler, drawing)
 
-    def _draw_tokens(
-        self, prompt: TokenArray, sampler: _core.Sampler, max_tokens: int, stop_at_end: bool
-    ) -> Iterator[GenerationStep]:
-        with self._exclusive():
-            for begin in range(0, prompt.size, self._n_batch):
-                self._context.decode(prompt[begin : begin + self._n_batch])
-        sampler.accept(prompt)
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        start = time.perf_counter()
-        n_drawn = 0
-        while n_drawn != max_tokens:
-            with self._exclusive():
-                token, logprob = sampler.sample(self._context)
-                ended = stop_at_end and self._model.is_eog(token)
-                if not ended:
-                    self._check_room(1)
-                    self._context.decode(np.array([token], np.int32))
-            n_drawn += 1
-            final = ended or n_drawn == max_tokens
-            piece = b"" if ended else self._model.token_to_piece(token, False)
-            yield GenerationStep(
-                token=token,
-                text=decoder.decode(piece, final=final),
-                logprob=logprob,
-                n_past=self._context.n_past(),
-                tokens_per_second=n_drawn / (time.perf_counter() - start),
-                finish_reason=("stop" if ended else "length") if final else None,
-            )
-            if ended:
-                return
+    def _write(self, prompt: TokenSequence, options: TextOptions, *, fresh: bool = True) -> Iterator[TextPiece]:
+        """Writes a text after a prompt. Arguments are checked now, nothing is computed before the first piece.
+
+        Args:
+            prompt: Token ids.
+            options: How to write.
+            fresh: The prompt replaces the sequence, of which a common beginning is kept. Otherwise it is appended.
+        """
+        tokens = self._to_tokens(prompt, allow_empty=not fresh and self.n_past > 0)
+        max_tokens = options.max_tokens
+        if self.n_ctx is not None:
+            n_past = 0 if fresh else self.n_past
+            self._sequence.check_room(tokens.size + 1, n_past)
+            room = self.n_ctx - n_past - tokens.size
+            max_tokens = room if max_tokens < 0 else min(max_tokens, room)
+        drawing = DrawOptions(
+            max_tokens=max_tokens, n_top_logprobs=options.n_top_logprobs, check=options.check, fresh=fresh
+        )
+        sampler = options.sampling.sampler(self._model, self._next_seed(options.seed))
+        return write_text(draw_tokens(self._sequence, tokens, sampler, drawing), options)
 
     def reset(self) -> None:
         """Forgets the sequence: the next token is the first one."""
-        with self._exclusive():
-            self._context.clear()
+        self.truncate(0)
+
+    def truncate(self, n_past: int) -> None:
+        """Removes the end of the sequence, as if it had never been there.
+
+        Args:
+            n_past: Tokens to keep, from the beginning.
+
+        Raises:
+            ConfigError: There are not so many tokens.
+            StateError: More than `n_rollback` tokens would be removed, and what they pushed out of the window is
+                gone; or another thread computes. Nothing was changed.
+        """
+        check_int("n_past", n_past, 0, 2**63 - 1)
+        with self._sequence.exclusive():
+            self._sequence.truncate(n_past)
 
     def memory_stats(self) -> MemoryStats:
         """What the object keeps of its sequence, and where that stands. Waits for a micro-batch being computed."""
-        stats = self._context.stats()
+        stats = self._sequence.context.stats()
         return MemoryStats(
             kv_bytes=stats.n_bytes,
             n_cells=stats.n_cells,
@@ -390,12 +416,10 @@ class Llama:
 
     def close(self) -> None:
         """Frees the model and the context, as soon as no other thread computes with them. Can be called again."""
-        if self._open is not None:
-            self._open[1].close()
-            self._open = None
+        self._sequence.close()
 
     def __enter__(self) -> Llama:
-        self._check_open()
+        self._sequence.check_open()
         return self
 
     def __exit__(
@@ -403,36 +427,16 @@ class Llama:
     ) -> None:
         self.close()
 
-    def _check_open(self) -> tuple[_core.Model, _core.Context]:
-        if self._open is None:
-            raise StateError("this Llama is closed")
-        return self._open
-
     @property
     def _model(self) -> _core.Model:
-        return self._check_open()[0]
+        return self._sequence.model
 
-    @property
-    def _context(self) -> _core.Context:
-        return self._check_open()[1]
+    @cached_property
+    def _chat_format(self) -> ChatFormat:
+        return ChatFormat(self._model, self._chat_format_name)
 
-    @contextmanager
-    def _exclusive(self) -> Iterator[None]:
-        """Two threads that append to one sequence would mix their texts: refuse the second one."""
-        self._check_open()
-        if not self._computing.acquire(blocking=False):
-            raise StateError("this Llama is computing in another thread (or was called from a signal handler)")
-        try:
-            yield
-        finally:
-            self._computing.release()
-
-    def _check_room(self, n_tokens: int) -> None:
-        if self._n_ctx is not None and self.n_past + n_tokens > self._n_ctx:
-            raise ContextError(
-                f"the context is full: {self.n_past} of {self._n_ctx} positions are taken, {n_tokens} more are needed. "
-                "Pass lminf=LMInfConfig() for a text without end."
-            )
+    def _next_seed(self, seed: int | None) -> int:
+        return self._random.randint(0, N_SEED_MAX) if seed is None else seed
 
     def _to_tokens(self, tokens: TokenSequence, allow_empty: bool = False) -> TokenArray:
         return as_token_array(tokens, self._model.n_vocab, allow_empty=allow_empty)

@@ -18,6 +18,7 @@ class GenerationStep:
         n_past: Position of the next token: the tokens that the sequence has seen, this one included unless it ended
             the text.
         tokens_per_second: Mean speed since the prompt was read.
+        top_logprobs: The most probable tokens and their natural-log probabilities, descending, if asked for.
         finish_reason: None while the text goes on. "stop": this token is the model's end of generation; it is not
             part of the text and was not appended to the sequence. "length": max_tokens are reached.
     """
@@ -28,6 +29,25 @@ class GenerationStep:
     n_past: int
     tokens_per_second: float
     finish_reason: Literal["stop", "length"] | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextPiece:
+    """Some more of a text that is being written.
+
+    Attributes:
+        text: What can be shown now; may be empty. Never a part of a stop string.
+        tokens: The tokens whose text has become complete with this piece.
+        n_tokens: Tokens drawn so far, those of a stop string included.
+        finish_reason: None while the text goes on. "stop": the model or a stop string ended it. "length": max_tokens
+            are reached, or a plain context is full. "loop": it repeats itself.
+    """
+
+    text: str
+    tokens: tuple[GenerationStep, ...]
+    n_tokens: int
+    finish_reason: Literal["stop", "length", "loop"] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

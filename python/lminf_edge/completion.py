@@ -1,0 +1,306 @@
+"""Completions in the shape of the OpenAI API, whole or piece by piece."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+from lminf_edge._checks import check_bool, check_int
+from lminf_edge.chat_prompt import ChatFormat, check_messages, check_tools
+from lminf_edge.completion_types import (
+    ChatCompletion,
+    ChatCompletionChunk,
+    ChatCompletionParams,
+    ChatDelta,
+    ChatLogprobs,
+    Completion,
+    CompletionLogprobs,
+    CompletionParams,
+    CompletionUsage,
+    FinishReason,
+    TopLogprob,
+)
+from lminf_edge.errors import ConfigError
+from lminf_edge.records import GenerationStep, TextPiece
+from lminf_edge.text_generation import N_TOP_LOGPROBS_MAX, TextOptions, text_options
+from lminf_edge.tokens import TokenSequence
+
+N_TOKENS_COMPLETION = 16
+"""Tokens of a completion unless the caller says how many: the OpenAI API's default."""
+
+N_TOKENS_CHAT = 1024
+"""The same for an answer in a chat."""
+
+Check = Callable[[], object]
+"""Called now and then while a text is computed; what it raises ends the computation."""
+
+
+class TextModel(Protocol):
+    """What completions need of a `Llama`."""
+
+    @property
+    def model_name(self) -> str:
+        """Name of the model."""
+
+    @property
+    def _chat_format(self) -> ChatFormat:
+        """How conversations are written down."""
+
+    def tokenize(self, text: str | bytes, add_bos: bool = True, special: bool = False) -> list[int]:
+        """Splits a text into tokens."""
+
+    def detokenize_bytes(self, tokens: TokenSequence, *, special: bool = False) -> bytes:
+        """The text of tokens."""
+
+    def _write(self, prompt: TokenSequence, options: TextOptions) -> Iterator[TextPiece]:
+        """Writes a text after a prompt, which replaces the present sequence. Arguments are checked now."""
+
+
+def stream_completion(
+    model: TextModel, prompt: str | TokenSequence, params: Mapping[str, Any], check: Check | None = None
+) -> Iterator[Completion]:
+    """The pieces of a completion.
+
+    Args:
+        model: The model.
+        prompt: Text, in which special tokens are recognised, or tokens.
+        params: `CompletionParams`.
+        check: See `TextOptions.check`.
+
+    Returns:
+        An iterator over pieces. Arguments are checked now; nothing is computed before the first piece is asked for.
+
+    Raises:
+        ConfigError, TypeError: An argument is wrong.
+        ContextError: A plain context has no room for the prompt.
+    """
+    answer = _CompletionShape(model, prompt, params, check)
+    return answer.chunks()
+
+
+def complete(model: TextModel, prompt: str | TokenSequence, params: Mapping[str, Any]) -> Completion:
+    """A whole completion; arguments and errors as for `stream_completion`."""
+    return _CompletionShape(model, prompt, params, None).whole()
+
+
+def stream_chat(
+    model: TextModel, messages: Sequence[Mapping[str, Any]], params: Mapping[str, Any], check: Check | None = None
+) -> Iterator[ChatCompletionChunk]:
+    """The pieces of an answer.
+
+    Args:
+        model: The model.
+        messages: The conversation, as in the OpenAI API.
+        params: `ChatCompletionParams`.
+        check: See `TextOptions.check`.
+
+    Returns:
+        An iterator over pieces. Arguments are checked now; nothing is computed before the first piece is asked for.
+
+    Raises:
+        ConfigError, TypeError: An argument is wrong, or the chat template refuses the messages.
+        UnsupportedModelError: The model has no chat template that can be used.
+        ContextError: A plain context has no room for the prompt.
+    """
+    return _ChatShape(model, messages, params, check).chunks()
+
+
+def chat(model: TextModel, messages: Sequence[Mapping[str, Any]], params: Mapping[str, Any]) -> ChatCompletion:
+    """A whole answer; arguments and errors as for `stream_chat`."""
+    return _ChatShape(model, messages, params, None).whole()
+
+
+class _Shape:
+    """What completions and answers in a chat have in common."""
+
+    def __init__(
+        self,
+        model: TextModel,
+        prompt: Sequence[int],
+        params: Mapping[str, Any],
+        options: TextOptions,
+        id_prefix: str,
+    ) -> None:
+        self._model = model
+        self._n_prompt = len(prompt)
+        stream_options = params.get("stream_options") or {}
+        if not isinstance(stream_options, Mapping) or stream_options.keys() - {"include_usage"}:
+            raise ConfigError(f"stream_options = {stream_options!r}: may only hold 'include_usage'")
+        self._include_usage = check_bool("include_usage", stream_options.get("include_usage", False))
+        name = params.get("model")
+        if name is not None and not isinstance(name, str):
+            raise TypeError(f"model must be a string, not {type(name).__name__}")
+        self._head = {
+            "id": f"{id_prefix}-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": name or model.model_name,
+        }
+        self._pieces = model._write(prompt, options)
+
+    def _usage(self, n_written: int) -> CompletionUsage:
+        return {
+            "prompt_tokens": self._n_prompt,
+            "completion_tokens": n_written,
+            "total_tokens": self._n_prompt + n_written,
+        }
+
+    def _token_text(self, token: int) -> str:
+        return self._token_bytes(token).decode(errors="replace")
+
+    def _token_bytes(self, token: int) -> bytes:
+        return self._model.detokenize_bytes([token], special=True)
+
+
+class _CompletionShape(_Shape):
+    def __init__(
+        self, model: TextModel, prompt: str | TokenSequence, params: Mapping[str, Any], check: Check | None
+    ) -> None:
+        _refuse_unknown("create_completion", params, CompletionParams)
+        self._n_top = _n_top_logprobs("logprobs", params.get("logprobs"))
+        echo = check_bool("echo", _given(params, "echo", False))
+        if echo and self._n_top is not None:
+            raise ConfigError("echo and logprobs: Llama.logprobs gives the probabilities of a prompt's tokens")
+        options = text_options(params, max_tokens=N_TOKENS_COMPLETION, n_top_logprobs=self._n_top or 0, check=check)
+        tokens = _prompt_tokens(model, prompt)
+        super().__init__(model, tokens, params, options, "cmpl")
+        self._echoed = _prompt_text(model, prompt) if echo else ""
+        self._n_text = 0
+
+    def chunks(self) -> Iterator[Completion]:
+        text, n_written = self._echoed, 0
+        for piece in self._pieces:
+            text += piece.text
+            n_written = piece.n_tokens
+            if text or piece.tokens or piece.finish_reason:
+                yield self._completion(text, piece.tokens, _openai_reason(piece))
+            text = ""
+        if self._include_usage:
+            empty = self._completion("", (), None)
+            yield {**empty, "choices": [], "usage": self._usage(n_written)}
+
+    def whole(self) -> Completion:
+        pieces = list(self._pieces)
+        steps = [step for piece in pieces for step in piece.tokens]
+        text = self._echoed + "".join(piece.text for piece in pieces)
+        return {
+            **self._completion(text, steps, _openai_reason(pieces[-1])),
+            "usage": self._usage(pieces[-1].n_tokens),
+        }
+
+    def _completion(self, text: str, steps: Sequence[GenerationStep], reason: FinishReason | None) -> Completion:
+        logprobs = None if self._n_top is None else self._logprobs(steps)
+        choice = {"text": text, "index": 0, "logprobs": logprobs, "finish_reason": reason}
+        return {**self._head, "object": "text_completion", "choices": [choice]}  # type: ignore[typeddict-item]
+
+    def _logprobs(self, steps: Sequence[GenerationStep]) -> CompletionLogprobs:
+        offsets = []
+        for step in steps:
+            offsets.append(self._n_text)
+            self._n_text += len(step.text)
+        return {
+            "tokens": [self._token_text(step.token) for step in steps],
+            "text_offset": offsets,
+            "token_logprobs": [step.logprob for step in steps],
+            "top_logprobs": [
+                {self._token_text(token): logprob for token, logprob in step.top_logprobs} for step in steps
+            ],
+        }
+
+
+class _ChatShape(_Shape):
+    def __init__(
+        self, model: TextModel, messages: Sequence[Mapping[str, Any]], params: Mapping[str, Any], check: Check | None
+    ) -> None:
+        _refuse_unknown("create_chat_completion", params, ChatCompletionParams)
+        self._with_logprobs = check_bool("logprobs", _given(params, "logprobs", False))
+        n_top = _n_top_logprobs("top_logprobs", params.get("top_logprobs")) or 0
+        if n_top and not self._with_logprobs:
+            raise ConfigError("top_logprobs: needs logprobs=True")
+        options = text_options(params, max_tokens=N_TOKENS_CHAT, n_top_logprobs=n_top, check=check)
+        tools = check_tools(params.get("tools"))
+        tokens = model._chat_format.tokens(check_messages(messages), tools=tools)
+        super().__init__(model, tokens, params, options, "chatcmpl")
+
+    def chunks(self) -> Iterator[ChatCompletionChunk]:
+        yield self._chunk({"role": "assistant", "content": ""}, (), None)
+        n_written = 0
+        for piece in self._pieces:
+            n_written = piece.n_tokens
+            if piece.text or piece.tokens:
+                yield self._chunk({"content": piece.text}, piece.tokens, None)
+            if piece.finish_reason:
+                yield self._chunk({}, (), _openai_reason(piece))
+        if self._include_usage:
+            empty = self._chunk({}, (), None)
+            yield {**empty, "choices": [], "usage": self._usage(n_written)}
+
+    def whole(self) -> ChatCompletion:
+        pieces = list(self._pieces)
+        steps = [step for piece in pieces for step in piece.tokens]
+        choice = {
+            "index": 0,
+            "message": {"role": "assistant", "content": "".join(piece.text for piece in pieces)},
+            "logprobs": self._logprobs(steps),
+            "finish_reason": _openai_reason(pieces[-1]),
+        }
+        usage = self._usage(pieces[-1].n_tokens)
+        head = {**self._head, "object": "chat.completion"}
+        return {**head, "choices": [choice], "usage": usage}  # type: ignore[typeddict-item]
+
+    def _chunk(
+        self, delta: ChatDelta, steps: Sequence[GenerationStep], reason: FinishReason | None
+    ) -> ChatCompletionChunk:
+        logprobs = self._logprobs(steps) if steps else None
+        choice = {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+        return {**self._head, "object": "chat.completion.chunk", "choices": [choice]}  # type: ignore[typeddict-item]
+
+    def _logprobs(self, steps: Sequence[GenerationStep]) -> ChatLogprobs | None:
+        if not self._with_logprobs:
+            return None
+        return {
+            "content": [
+                {
+                    **self._top(step.token, step.logprob),
+                    "top_logprobs": [self._top(token, logprob) for token, logprob in step.top_logprobs],
+                }
+                for step in steps
+            ]
+        }
+
+    def _top(self, token: int, logprob: float) -> TopLogprob:
+        data = self._token_bytes(token)
+        return {"token": data.decode(errors="replace"), "logprob": logprob, "bytes": list(data)}
+
+
+def _prompt_tokens(model: TextModel, prompt: str | TokenSequence) -> list[int]:
+    if isinstance(prompt, bytes):
+        raise TypeError("prompt must be text or tokens, not bytes")
+    tokens = model.tokenize(prompt, special=True) if isinstance(prompt, str) else [int(token) for token in prompt]
+    if not tokens:
+        raise ConfigError("prompt is empty: at least one token is needed")
+    return tokens
+
+
+def _prompt_text(model: TextModel, prompt: str | TokenSequence) -> str:
+    return prompt if isinstance(prompt, str) else model.detokenize_bytes(prompt, special=True).decode(errors="replace")
+
+
+def _n_top_logprobs(name: str, value: int | None) -> int | None:
+    return None if value is None else check_int(name, value, 0, N_TOP_LOGPROBS_MAX)
+
+
+def _given(params: Mapping[str, Any], name: str, default: object) -> object:
+    value = params.get(name)
+    return default if value is None else value
+
+
+def _refuse_unknown(method: str, params: Mapping[str, Any], known: type) -> None:
+    for name in params:
+        if name not in known.__annotations__:
+            raise TypeError(f"{method}() got an unexpected keyword argument {name!r}")
+
+
+def _openai_reason(piece: TextPiece) -> FinishReason | None:
+    return "stop" if piece.finish_reason == "loop" else piece.finish_reason

@@ -1,0 +1,77 @@
+"""Tokens are read and drawn one after the other."""
+
+from __future__ import annotations
+
+import codecs
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from lminf_edge._library import _core
+from lminf_edge.records import GenerationStep
+from lminf_edge.sequence import ModelSequence
+from lminf_edge.tokens import TokenArray
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawOptions:
+    """How long to draw.
+
+    Attributes:
+        max_tokens: Tokens to draw; -1 means without end.
+        stop_at_end: Stop at an end-of-generation token.
+        n_top_logprobs: How many of the most probable tokens to look up at each step.
+        check: Called between tokens, and about every 50 ms while the prompt is read; what it raises ends the drawing.
+        fresh: The prompt replaces the sequence instead of being appended to it.
+    """
+
+    max_tokens: int
+    stop_at_end: bool = True
+    n_top_logprobs: int = 0
+    check: Callable[[], object] | None = None
+    fresh: bool = False
+
+
+def draw_tokens(
+    sequence: ModelSequence, prompt: TokenArray, sampler: _core.Sampler, options: DrawOptions
+) -> Iterator[GenerationStep]:
+    """Reads a prompt, then draws tokens. Each is in the sequence before its step is handed out.
+
+    Args:
+        sequence: The sequence.
+        prompt: Token ids to append first.
+        sampler: How to draw.
+        options: How long to draw.
+    """
+    with sequence.exclusive() as turn:
+        n_kept = sequence.keep_common_beginning(prompt) if options.fresh else 0
+        sequence.append(prompt[n_kept:], options.check)
+    sampler.accept(prompt)
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    start = time.perf_counter()
+    n_drawn = 0
+    while n_drawn != options.max_tokens:
+        if options.check is not None:
+            options.check()
+        with sequence.exclusive(turn):
+            token, logprob, top = sampler.sample(sequence.context, options.n_top_logprobs)
+            ended = options.stop_at_end and sequence.model.is_eog(token)
+            if not ended:
+                sequence.check_room(1)
+                sequence.append(np.array([token], np.int32), options.check)
+        n_drawn += 1
+        final = ended or n_drawn == options.max_tokens
+        piece = b"" if ended else sequence.model.token_to_piece(token, False)
+        yield GenerationStep(
+            token=token,
+            text=decoder.decode(piece, final=final),
+            logprob=logprob,
+            n_past=sequence.n_past,
+            tokens_per_second=n_drawn / (time.perf_counter() - start),
+            finish_reason=("stop" if ended else "length") if final else None,
+            top_logprobs=tuple(top),
+        )
+        if ended:
+            return

@@ -1,0 +1,107 @@
+"""What a text has to look like: from a response_format to a grammar (GBNF) that llama.cpp's sampler follows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+
+from lminf_edge._checks import check_choice
+from lminf_edge._library import _core
+from lminf_edge.errors import ConfigError
+
+_NOT_ENFORCED = frozenset(
+    (
+        *("not", "if", "then", "else", "multipleOf", "uniqueItems", "contains", "minContains", "maxContains"),
+        *("patternProperties", "propertyNames", "minProperties", "maxProperties", "dependencies"),
+        *("dependentRequired", "dependentSchemas", "unevaluatedItems", "unevaluatedProperties"),
+        *("$dynamicRef", "$recursiveRef"),
+    )
+)
+"""Keywords of JSON Schema that restrict a value and that llama.cpp's converter passes over."""
+
+_NOT_ENFORCED_FOR_NUMBERS = frozenset(("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"))
+
+_SCHEMAS = ("items", "additionalProperties", "additionalItems")
+_LISTS_OF_SCHEMAS = ("anyOf", "oneOf", "allOf", "prefixItems", "items")
+_MAPPINGS_OF_SCHEMAS = ("properties", "$defs", "definitions")
+
+
+def json_schema_grammar(schema: Mapping[str, object]) -> str:
+    """The grammar of all JSON texts that a schema allows, with properties in the schema's order.
+
+    The conversion is llama.cpp's. Restrictions that it would pass over are refused here instead.
+
+    Args:
+        schema: A JSON Schema as Python data.
+
+    Returns:
+        GBNF with a rule named root.
+
+    Raises:
+        TypeError: The schema is no mapping.
+        ConfigError: It is no JSON, or uses something that a grammar does not enforce.
+    """
+    if not isinstance(schema, Mapping):
+        raise TypeError(f"a JSON schema must be a mapping, not {type(schema).__name__}")
+    try:
+        text = json.dumps(schema, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(f"the JSON schema is no JSON: {error}") from error
+    for path, problem in _unsupported(json.loads(text), "#"):
+        raise ConfigError(f"JSON schema, {path}: {problem} is not supported")
+    try:
+        return _core.json_schema_to_grammar(text)
+    except ConfigError as error:
+        raise ConfigError(f"JSON schema: {error}") from error
+
+
+def response_format_grammar(response_format: object) -> str:
+    """The grammar for an OpenAI-style response_format.
+
+    Args:
+        response_format: {"type": "text"}; {"type": "json_object"}, with a "schema" if wanted; or
+            {"type": "json_schema", "json_schema": {"schema": ...}}.
+
+    Returns:
+        GBNF with a rule named root; "" for text, which has no grammar.
+
+    Raises:
+        TypeError: It is no mapping, or a schema in it is none.
+        ConfigError: It is of no such type, or its schema is wrong.
+    """
+    if not isinstance(response_format, Mapping):
+        raise TypeError(f"response_format must be a mapping, not {type(response_format).__name__}")
+    kind = response_format.get("type")
+    check_choice("response_format['type']", kind, ("text", "json_object", "json_schema"))
+    if kind == "text":
+        return ""
+    if kind == "json_object":
+        return json_schema_grammar(response_format.get("schema") or {"type": "object"})
+    wrapped = response_format.get("json_schema")
+    if not isinstance(wrapped, Mapping) or "schema" not in wrapped:
+        raise ConfigError("response_format['json_schema']: must be a mapping with the key 'schema'")
+    return json_schema_grammar(wrapped["schema"])
+
+
+def _unsupported(schema: object, path: str) -> Iterator[tuple[str, str]]:
+    """Where a schema restricts what the grammar does not."""
+    if isinstance(schema, bool) and not schema and not path.endswith("/additionalProperties"):
+        yield path, "the schema false"
+    if not isinstance(schema, dict):
+        return
+    for keyword in sorted(_NOT_ENFORCED & schema.keys()):
+        yield path, f"'{keyword}'"
+    types = schema.get("type")
+    if types == "number" or (isinstance(types, list) and "number" in types):
+        for keyword in sorted(_NOT_ENFORCED_FOR_NUMBERS & schema.keys()):
+            yield path, f"'{keyword}' of a number that is no integer"
+    for keyword in _SCHEMAS:
+        yield from _unsupported(schema.get(keyword), f"{path}/{keyword}")
+    for keyword in _LISTS_OF_SCHEMAS:
+        members = schema.get(keyword)
+        for index, member in enumerate(members if isinstance(members, list) else ()):
+            yield from _unsupported(member, f"{path}/{keyword}/{index}")
+    for keyword in _MAPPINGS_OF_SCHEMAS:
+        properties = schema.get(keyword)
+        for name, member in (properties if isinstance(properties, dict) else {}).items():
+            yield from _unsupported(member, f"{path}/{keyword}/{name}")

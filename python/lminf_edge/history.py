@@ -1,0 +1,54 @@
+"""Which tokens a sequence is made of, as far as that is worth remembering."""
+
+from __future__ import annotations
+
+from array import array
+
+import numpy as np
+
+from lminf_edge.tokens import TokenArray
+
+N_HISTORY = 2**20
+"""A sequence that grows beyond this many tokens (4 MiB) is no longer recorded: it may be without end."""
+
+
+class TokenHistory:
+    """The tokens of a sequence from its beginning, to find what a new prompt has in common with it."""
+
+    def __init__(self, n_max: int = N_HISTORY) -> None:
+        """The record of an empty sequence.
+
+        Args:
+            n_max: Longest sequence that is recorded, in tokens.
+        """
+        self._n_max = n_max
+        self._tokens: array[int] | None = array("i")
+
+    def append(self, tokens: TokenArray) -> None:
+        """Tokens were appended to the sequence."""
+        if self._tokens is None:
+            return
+        if len(self._tokens) + tokens.size > self._n_max:
+            self._tokens = None
+            return
+        self._tokens.frombytes(np.ascontiguousarray(tokens, np.int32).tobytes())
+
+    def truncate(self, n_past: int) -> None:
+        """The sequence was cut down to its first n_past tokens."""
+        if n_past == 0:
+            self._tokens = array("i")
+        elif self._tokens is not None:
+            del self._tokens[n_past:]
+
+    def n_common(self, tokens: TokenArray, n_past: int) -> int:
+        """Length of the common beginning of some tokens and the sequence.
+
+        Args:
+            tokens: Token ids.
+            n_past: Length of the sequence. If it is not what was recorded, nothing is known to be common.
+        """
+        if self._tokens is None or len(self._tokens) != n_past:
+            return 0
+        n = min(n_past, tokens.size)
+        different = np.flatnonzero(np.frombuffer(self._tokens, np.int32, n) != tokens[:n]) if n else np.empty(0)
+        return int(different[0]) if different.size else n

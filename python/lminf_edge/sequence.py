@@ -1,0 +1,150 @@
+"""A sequence of tokens in a context: who may change it, what it consists of, whether there is room in it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from lminf_edge._library import _core
+from lminf_edge.errors import ContextError, StateError
+from lminf_edge.history import TokenHistory
+from lminf_edge.tokens import TokenArray
+
+
+class ModelSequence:
+    """One sequence of a context, which one caller at a time changes.
+
+    Attributes:
+        n_ctx: Length at which the context is full, in tokens. None: never (LM-Infinite).
+    """
+
+    def __init__(self, model: _core.Model, context: _core.Context, n_ctx: int | None) -> None:
+        """An empty sequence.
+
+        Args:
+            model: The model of the context.
+            context: The context.
+            n_ctx: See above.
+        """
+        self.n_ctx = n_ctx
+        self._open: tuple[_core.Model, _core.Context] | None = (model, context)
+        self._history = TokenHistory()
+        self._turn = 0
+        self._n_batch = context.n_batch
+        self._computing = threading.Lock()
+
+    @property
+    def model(self) -> _core.Model:
+        """The model. Raises StateError once closed."""
+        return self.check_open()[0]
+
+    @property
+    def context(self) -> _core.Context:
+        """The context. Raises StateError once closed."""
+        return self.check_open()[1]
+
+    @property
+    def n_past(self) -> int:
+        """Position of the next token, 64-bit."""
+        return self.context.n_past()
+
+    def close(self) -> None:
+        """Frees the context, as soon as no other thread computes with it. Can be called again."""
+        if self._open is not None:
+            self._open[1].close()
+            self._open = None
+
+    def check_open(self) -> tuple[_core.Model, _core.Context]:
+        """The model and the context. Raises StateError once closed."""
+        if self._open is None:
+            raise StateError("this Llama is closed")
+        return self._open
+
+    @contextmanager
+    def exclusive(self, turn: int | None = None) -> Iterator[int]:
+        """Two callers that append to one sequence would mix their texts: refuses the second one.
+
+        Args:
+            turn: A call that comes back to its sequence passes what it got the first time.
+
+        Returns:
+            A context manager with the number of the call that the sequence belongs to from now on.
+
+        Raises:
+            StateError: Another thread computes, or another call has changed the sequence since that turn.
+        """
+        self.check_open()
+        if not self._computing.acquire(blocking=False):
+            raise StateError("this Llama is computing in another thread (or was called from a signal handler)")
+        try:
+            if turn is None:
+                self._turn += 1
+            elif turn != self._turn:
+                raise StateError("another call has changed the sequence meanwhile")
+            yield self._turn
+        finally:
+            self._computing.release()
+
+    def check_room(self, n_tokens: int, n_past: int | None = None) -> None:
+        """Raises ContextError if a plain context has no room for n_tokens after n_past others (None: those it has)."""
+        n_past = self.n_past if n_past is None else n_past
+        if self.n_ctx is not None and n_past + n_tokens > self.n_ctx:
+            raise ContextError(
+                f"the context is full: {n_past} of {self.n_ctx} positions are taken, {n_tokens} more are needed. "
+                "Pass lminf=LMInfConfig() for a text without end."
+            )
+
+    @contextmanager
+    def recording(self, tokens: TokenArray) -> Iterator[_core.Context]:
+        """For a computation that appends tokens: remembers those that are in the sequence in the end.
+
+        These are fewer when an interrupt came in between.
+        """
+        context = self.context
+        n_before = context.n_past()
+        try:
+            yield context
+        finally:
+            self._history.append(tokens[: context.n_past() - n_before])
+
+    def append(self, tokens: TokenArray, check: Callable[[], object] | None = None) -> None:
+        """Reads tokens; the logits of the last one stay for a sampler. Only within `exclusive`.
+
+        Args:
+            tokens: Token ids, any number.
+            check: Called about every 50 ms; what it raises stops the reading after a complete micro-batch.
+        """
+        for begin in range(0, tokens.size, self._n_batch):
+            piece = tokens[begin : begin + self._n_batch]
+            with self.recording(piece) as context:
+                context.decode(piece, check=check)
+
+    def truncate(self, n_past: int) -> None:
+        """Removes everything from position n_past on. Only within `exclusive`.
+
+        Raises:
+            ConfigError: The sequence is shorter.
+            StateError: It cannot be done exactly. Nothing was changed.
+        """
+        if n_past == 0:
+            self.context.clear()
+        else:
+            self.context.truncate(n_past)
+        self._history.truncate(n_past)
+
+    def keep_common_beginning(self, tokens: TokenArray) -> int:
+        """Removes what the sequence and some tokens do not have in common; all of it if that cannot be done exactly.
+
+        Only within `exclusive`.
+
+        Returns:
+            How many of the tokens need not be read: never all of them, because the last one's logits are needed.
+        """
+        n_kept = min(self._history.n_common(tokens, self.n_past), tokens.size - 1)
+        try:
+            self.truncate(n_kept)
+        except StateError:
+            n_kept = 0
+            self.truncate(0)
+        return n_kept
