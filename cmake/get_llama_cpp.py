@@ -311,15 +311,18 @@ def patch_source(lock: Lock, patch: bytes, tree: Path) -> None:
         ) from None
 
 
+def stamp_text(folder: Path) -> str:
+    """Returns what identifies a finished extraction: its content, and how much of llama.cpp it was meant to be."""
+    return f"{sha256_of_tree(folder)} {' '.join(NEEDED)}\n"
+
+
 def check_complete(folder: Path) -> None:
     """Raises unless ``folder`` is, byte for byte, what a finished extraction left there."""
     stamp = folder / STAMP
     if not stamp.is_file():
         problem = "is a half-finished extraction of llama.cpp"
-    elif not all((folder / top).exists() for top in NEEDED):
-        problem = "was extracted by an earlier version of this build, which needed less of llama.cpp"
-    elif stamp.read_text(encoding="utf-8") != sha256_of_tree(folder):
-        problem = "was changed after llama.cpp was extracted to it"
+    elif stamp.read_text(encoding="utf-8") != stamp_text(folder):
+        problem = "was changed after llama.cpp was extracted to it, or extracted for an earlier version of this build"
     else:
         return
     raise BuildError(
@@ -347,7 +350,7 @@ def prepare(into: Path, lock: Lock, patch: bytes | None) -> Path:
         obtain_source(lock, partial)
         if patch is not None:
             patch_source(lock, patch, partial)
-        (partial / STAMP).write_text(sha256_of_tree(partial), encoding="utf-8")
+        (partial / STAMP).write_text(stamp_text(partial), encoding="utf-8")
         partial.chmod(0o755)  # mkdtemp makes private folders
         partial.rename(folder)
     finally:
