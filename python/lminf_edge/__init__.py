@@ -22,7 +22,7 @@ from lminf_edge.errors import (
     UnsupportedModelError,
 )
 from lminf_edge.llama import Llama
-from lminf_edge.records import GenerationStep, MemoryStats
+from lminf_edge.records import GenerationStep, MemoryStats, TextPiece
 
 __version__ = version("lminf-edge")
 
@@ -36,6 +36,7 @@ __all__ = [
     "MemoryStats",
     "ModelLoadError",
     "StateError",
+    "TextPiece",
     "UnsupportedModelError",
     "__version__",
     "lib_path",

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from typing import Any, Literal, overload
 
+from lminf_edge._typing import Unpack
 from lminf_edge.background import Cancellation, iterate_in_thread
 from lminf_edge.completion import TextModel, chat, complete, stream_chat, stream_completion
 from lminf_edge.completion_types import (
@@ -16,11 +16,6 @@ from lminf_edge.completion_types import (
     CompletionParams,
 )
 from lminf_edge.tokens import TokenSequence
-
-if sys.version_info >= (3, 11):
-    from typing import Unpack
-else:
-    from typing_extensions import Unpack
 
 
 class CompletionMethods:

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any, Literal, TypedDict
 
-if sys.version_info >= (3, 11):
-    from typing import NotRequired
-else:
-    from typing_extensions import NotRequired
+from lminf_edge._typing import NotRequired
 
 FinishReason = Literal["stop", "length"]
 """Why a text ended. "stop": the model, a stop string or the guard against loops ended it; "length": max_tokens."""

@@ -6,15 +6,19 @@ import os
 import random
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
+from inspect import signature
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from lminf_edge import hugging_face
 from lminf_edge._checks import check_bool, check_choice, check_int, check_optional_int
 from lminf_edge._library import _core
 from lminf_edge._params import batch_sizes, from_params, to_params
+from lminf_edge._typing import Self
 from lminf_edge.chat_prompt import ChatFormat
 from lminf_edge.chat_template import builtin_template_names
 from lminf_edge.completion_methods import CompletionMethods
@@ -136,6 +140,22 @@ class Llama(CompletionMethods):
         self._sequence = ModelSequence(model, context, None if lminf is not None else context.n_ctx)
         self._n_ubatch = context.n_ubatch
         self._config = from_params(context.params)
+
+    @classmethod
+    def from_pretrained(cls, repo_id: str, filename: str, **options: Any) -> Self:
+        """Opens a model from Hugging Face, which is fetched first if it is not in huggingface_hub's cache.
+
+        Args:
+            repo_id: "owner/repository".
+            filename: A GGUF file in it, or a pattern that one file matches, such as "*Q4_K_M.gguf".
+            **options: Of `Llama`.
+
+        Raises:
+            TypeError: There is no such option.
+            ConfigError, ModelLoadError: The file cannot be fetched; or as for `Llama`.
+        """
+        signature(cls).bind(Path(), **options)
+        return cls(hugging_face.fetch(repo_id, filename), **options)
 
     @property
     def config(self) -> LMInfConfig | None:

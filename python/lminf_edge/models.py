@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import importlib.util
 import os
 import subprocess
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from platformdirs import user_cache_path
 
+from lminf_edge import hugging_face
 from lminf_edge.errors import ModelLoadError
 
 Progress = Callable[[int, int], object]
@@ -77,7 +77,37 @@ def resolve_model(spec: str | os.PathLike[str] | None, progress: Progress | None
     parts = os.fspath(spec).split("/")
     if path.exists() or len(parts) < 3 or not parts[0] or parts[0] in (".", "..", "~") or path.suffix != ".gguf":
         return path
-    return _from_hugging_face("/".join(parts[:2]), "/".join(parts[2:]))
+    return hugging_face.fetch("/".join(parts[:2]), "/".join(parts[2:]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFile:
+    """A model on this machine.
+
+    Attributes:
+        name: What `resolve_model` and `--model` take for it.
+        path: The file.
+        n_bytes: Its size.
+    """
+
+    name: str
+    path: Path
+    n_bytes: int
+
+
+def list_models() -> list[ModelFile]:
+    """The GGUF files in the cache folder and in Hugging Face's cache, by name.
+
+    Files that cannot be read are left out.
+    """
+    named = [(str(path), path) for path in cache_path().glob("**/*.gguf") if ".download-" not in str(path)]
+    models = []
+    for name, path in [*named, *hugging_face.cached_files()]:
+        try:
+            models.append(ModelFile(name=name, path=path, n_bytes=path.stat().st_size))
+        except OSError:
+            continue
+    return sorted(models, key=lambda model: model.name)
 
 
 def default_model_path(progress: Progress | None = None) -> Path:
@@ -171,17 +201,3 @@ def _check_sha256(path: Path, expected: str) -> None:
         raise ModelLoadError(
             f"{path.name} is damaged or was replaced: its SHA-256 is {digest.hexdigest()}, not {expected}"
         )
-
-
-def _from_hugging_face(repository: str, file_name: str) -> Path:
-    try:
-        hub = importlib.import_module("huggingface_hub")
-    except ImportError as error:
-        raise ModelLoadError(
-            f"there is no file {repository}/{file_name}; to fetch it from Hugging Face, `pip install huggingface_hub`"
-        ) from error
-    try:
-        return Path(hub.hf_hub_download(repository, file_name))
-    except Exception as error:  # it raises some twenty classes of three libraries
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelLoadError(f"cannot fetch {file_name} of {repository} from Hugging Face: {reason}") from error
