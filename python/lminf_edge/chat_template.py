@@ -25,7 +25,7 @@ from lminf_edge.errors import ConfigError, UnsupportedModelError
 Message = dict[str, Any]
 """A message as plain data: "role", "content" and whatever else the template knows."""
 
-N_STEPS_MAX = 1_000_000
+N_STEPS_MAX = 250_000
 """Rounds of loops and calls of macros in one rendering."""
 
 N_SECONDS_MAX = 10.0
@@ -212,7 +212,7 @@ def _with_limits(environment: _Environment, template: nodes.Template) -> nodes.T
         if loop.test is not None:
             loop.test = nodes.And(call("step", loop), loop.test, lineno=loop.lineno)
     for joined in list(template.find_all(nodes.Concat)):
-        joined.nodes = [call("join", joined, nodes.List(joined.nodes, "load", lineno=joined.lineno))]
+        joined.nodes = [call("join", joined, nodes.List(joined.nodes, lineno=joined.lineno))]
     template.set_environment(environment)
     return template
 

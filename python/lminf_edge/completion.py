@@ -7,6 +7,8 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
+import numpy as np
+
 from lminf_edge._checks import check_bool, check_int
 from lminf_edge.chat_prompt import ChatFormat, check_messages, check_tools
 from lminf_edge.completion_types import (
@@ -173,7 +175,7 @@ class _CompletionShape(_Shape):
         for piece in self._pieces:
             text += piece.text
             n_written = piece.n_tokens
-            if text or piece.tokens or piece.finish_reason:
+            if text or piece.finish_reason:
                 yield self._completion(text, piece.tokens, _openai_reason(piece))
             text = ""
         if self._include_usage:
@@ -228,7 +230,7 @@ class _ChatShape(_Shape):
         n_written = 0
         for piece in self._pieces:
             n_written = piece.n_tokens
-            if piece.text or piece.tokens:
+            if piece.text:
                 yield self._chunk({"content": piece.text}, piece.tokens, None)
             if piece.finish_reason:
                 yield self._chunk({}, (), _openai_reason(piece))
@@ -275,9 +277,12 @@ class _ChatShape(_Shape):
 
 
 def _prompt_tokens(model: TextModel, prompt: str | TokenSequence) -> list[int]:
-    if isinstance(prompt, bytes):
-        raise TypeError("prompt must be text or tokens, not bytes")
-    tokens = model.tokenize(prompt, special=True) if isinstance(prompt, str) else [int(token) for token in prompt]
+    if isinstance(prompt, str):
+        tokens = model.tokenize(prompt, special=True)
+    elif isinstance(prompt, Sequence | np.ndarray) and not isinstance(prompt, bytes):
+        tokens = np.asarray(prompt).tolist()
+    else:
+        raise TypeError(f"prompt must be text or token ids, not {type(prompt).__name__}")
     if not tokens:
         raise ConfigError("prompt is empty: at least one token is needed")
     return tokens

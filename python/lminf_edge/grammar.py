@@ -83,6 +83,16 @@ def response_format_grammar(response_format: object) -> str:
     return json_schema_grammar(wrapped["schema"])
 
 
+def _is_convertible(pattern: str) -> bool:
+    """Whether llama.cpp makes a grammar of a pattern, and does not fall back to its rule for any string."""
+    return "\nstring ::=" not in "\n" + _core.json_schema_to_grammar(json.dumps({"type": "string", "pattern": pattern}))
+
+
+def _is_convertible(pattern: str) -> bool:
+    """Whether llama.cpp makes a grammar of a pattern, and does not fall back to its rule for any string."""
+    return "\nstring ::=" not in "\n" + _core.json_schema_to_grammar(json.dumps({"type": "string", "pattern": pattern}))
+
+
 def _unsupported(schema: object, path: str) -> Iterator[tuple[str, str]]:
     """Where a schema restricts what the grammar does not."""
     if isinstance(schema, bool) and not schema and not path.endswith("/additionalProperties"):
@@ -95,6 +105,10 @@ def _unsupported(schema: object, path: str) -> Iterator[tuple[str, str]]:
     if types == "number" or (isinstance(types, list) and "number" in types):
         for keyword in sorted(_NOT_ENFORCED_FOR_NUMBERS & schema.keys()):
             yield path, f"'{keyword}' of a number that is no integer"
+    if isinstance(schema.get("pattern"), str) and not _is_convertible(schema["pattern"]):
+        yield path, f"the pattern {schema['pattern']!r} (it must begin with ^ and end with $; write [0-9] for \\d)"
+    if isinstance(schema.get("pattern"), str) and not _is_convertible(schema["pattern"]):
+        yield path, f"the pattern {schema['pattern']!r} (it must begin with ^ and end with $; write [0-9] for \\d)"
     for keyword in _SCHEMAS:
         yield from _unsupported(schema.get(keyword), f"{path}/{keyword}")
     for keyword in _LISTS_OF_SCHEMAS:

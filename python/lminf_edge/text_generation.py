@@ -119,9 +119,11 @@ def write_text(steps: Iterator[GenerationStep], options: TextOptions) -> Iterato
         passed = []
         while waiting:
             begin, oldest = waiting[0]
-            # of the tokens around a stop string, one that has begun before it belongs to the text
-            if begin >= n_passed if stops.found is not None else reason is None and begin + len(oldest.text) > n_passed:
-                break
+            if reason is None or stops.found is not None:
+                # of the tokens around a stop string, one that has begun before it belongs to the text
+                reaches_beyond = begin + len(oldest.text) > n_passed and stops.found is None
+                if begin >= n_passed or reaches_beyond:
+                    break
             passed.append(oldest)
             waiting.popleft()
         yield TextPiece(text=text, tokens=tuple(passed), n_tokens=n_drawn, finish_reason=reason)
