@@ -10,7 +10,7 @@ from lminf_edge._library import _core
 from lminf_edge.chat_template import BuiltinTemplate, ChatTemplate, JinjaTemplate, Message, builtin_template_names
 from lminf_edge.errors import ConfigError, UnsupportedModelError
 
-_OPEN, _CLOSE = "\ufdd0", "\ufdd1"  # Unicode guarantees that these two are no characters
+_OPEN, _CLOSE, _ANSWER = "\ufdd0", "\ufdd1", "\ufdd2"  # Unicode guarantees that these are no characters
 _MARK = re.compile(f"{_OPEN}([0-9]+){_CLOSE}")
 
 
@@ -61,8 +61,49 @@ class ChatFormat:
 
         Args and errors are those of `render`.
         """
-        text = self.render(_mapped(messages, self._guard), tools=tools, add_generation_prompt=add_generation_prompt)
-        return self._beginning(text) + self._tokenize(text)
+        return self.added_tokens(messages, 0, tools=tools, add_generation_prompt=add_generation_prompt)
+
+    def added_tokens(
+        self,
+        messages: Sequence[Message],
+        n_before: int,
+        *,
+        tools: Sequence[object] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> list[int]:
+        """The tokens that messages add to those before them, so that a conversation can go on where it is.
+
+        Args:
+            messages: The conversation with the new messages.
+            n_before: How many messages at the beginning are not new.
+            tools: See `render`.
+            add_generation_prompt: See `render`.
+
+        Raises:
+            ConfigError: As for `render`; or the template writes the first messages differently once others follow.
+        """
+        guarded = _mapped(messages, self._guard)
+        text = self.render(guarded, tools=tools, add_generation_prompt=add_generation_prompt)
+        if n_before == 0:
+            return self._beginning(text) + self._tokenize(text)
+        return self._tokenize(_rest(text, self.render(guarded[:n_before], tools=tools, add_generation_prompt=False)))
+
+    def closing_tokens(self, messages: Sequence[Message], *, tools: Sequence[object] | None = None) -> list[int]:
+        """The tokens that end the assistant's answer to a conversation, after its text.
+
+        Args:
+            messages: The conversation, without the answer.
+            tools: See `render`.
+
+        Raises:
+            ConfigError: As for `render`; or the template does not show answers.
+        """
+        guarded = _mapped(messages, self._guard)
+        answered = [*guarded, {"role": "assistant", "content": _ANSWER}]
+        text = self.render(answered, tools=tools, add_generation_prompt=False)
+        if _ANSWER not in text:
+            raise ConfigError("the model's chat template does not show the assistant's answers")
+        return self._tokenize(text.rpartition(_ANSWER)[2])
 
     def segments(
         self, messages: Sequence[Message], *, tools: Sequence[object] | None = None, add_generation_prompt: bool = True
@@ -77,18 +118,12 @@ class ChatFormat:
         Raises:
             ConfigError: As for `render`; or what the template makes of a message depends on those after it.
         """
-        guarded = _mapped(messages, self._guard)
-        ends = [self.render(guarded[: n + 1], tools=tools, add_generation_prompt=False) for n in range(len(guarded))]
+        result = [
+            self.added_tokens(messages[: n + 1], n, tools=tools, add_generation_prompt=False)
+            for n in range(len(messages))
+        ]
         if add_generation_prompt:
-            ends.append(self.render(guarded, tools=tools))
-        result, before = [], ""
-        for text in ends:
-            if not text.startswith(before):
-                raise ConfigError("the model's chat template writes a message differently once others follow it")
-            result.append(self._tokenize(text[len(before) :]))
-            before = text
-        if result:
-            result[0] = self._beginning(ends[0]) + result[0]
+            result.append(self.added_tokens(messages, len(messages), tools=tools))
         return result
 
     def _beginning(self, text: str) -> list[int]:
@@ -110,6 +145,12 @@ class ChatFormat:
         return tokens
 
 
+def _rest(text: str, beginning: str) -> str:
+    if not text.startswith(beginning):
+        raise ConfigError("the model's chat template writes messages differently once others follow them")
+    return text[len(beginning) :]
+
+
 def check_messages(messages: object) -> list[Message]:
     """Makes plain data of a conversation, so that a template meets nothing else.
 
@@ -128,7 +169,10 @@ def check_messages(messages: object) -> list[Message]:
         raise TypeError(f"messages must be a list of dictionaries, not {type(messages).__name__}")
     if not messages:
         raise ConfigError("messages is empty: at least one message is needed")
-    return [_check_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
+    try:
+        return [_check_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
+    except RecursionError as error:
+        raise ConfigError("messages: nested too deeply") from error
 
 
 def check_tools(tools: object) -> list[object] | None:

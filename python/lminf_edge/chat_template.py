@@ -16,6 +16,7 @@ import jinja2
 from jinja2 import nodes
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from lminf_edge._checks import check_choice
@@ -163,13 +164,24 @@ class _Limits(Extension):
         return "".join(texts)
 
 
+class _Generation(Extension):
+    """The tag `generation`, with which templates mark the assistant's words for training; it shows its content."""
+
+    tags = {"generation"}  # noqa: RUF012 - Jinja declares it without ClassVar
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
 class _Environment(ImmutableSandboxedEnvironment):
     """The environment that chat templates are written for, which is Hugging Face's."""
 
     intercepted_binops = frozenset(("*", "**", "+", "%"))
 
     def __init__(self) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Limits])
+        extensions = ["jinja2.ext.loopcontrols", _Generation, _Limits]
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
         self.limits: _Limits = self.extensions[_Limits.identifier]  # type: ignore[assignment]
         self.filters["tojson"] = _to_json
         self.globals["raise_exception"] = _raise_exception

@@ -21,6 +21,18 @@ _NOT_ENFORCED = frozenset(
 
 _NOT_ENFORCED_FOR_NUMBERS = frozenset(("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"))
 
+_ALONE = ("$ref", "oneOf", "anyOf", "allOf")
+"""Where one of these stands, the converter looks at nothing else of the following."""
+
+_STRUCTURE = frozenset(
+    (
+        *_ALONE,
+        *("properties", "required", "additionalProperties", "items", "prefixItems", "minItems", "maxItems"),
+        *("enum", "const", "pattern", "minLength", "maxLength"),
+        *("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"),
+    )
+)
+
 _SCHEMAS = ("items", "additionalProperties", "additionalItems")
 _LISTS_OF_SCHEMAS = ("anyOf", "oneOf", "allOf", "prefixItems", "items")
 _MAPPINGS_OF_SCHEMAS = ("properties", "$defs", "definitions")
@@ -88,11 +100,6 @@ def _is_convertible(pattern: str) -> bool:
     return "\nstring ::=" not in "\n" + _core.json_schema_to_grammar(json.dumps({"type": "string", "pattern": pattern}))
 
 
-def _is_convertible(pattern: str) -> bool:
-    """Whether llama.cpp makes a grammar of a pattern, and does not fall back to its rule for any string."""
-    return "\nstring ::=" not in "\n" + _core.json_schema_to_grammar(json.dumps({"type": "string", "pattern": pattern}))
-
-
 def _unsupported(schema: object, path: str) -> Iterator[tuple[str, str]]:
     """Where a schema restricts what the grammar does not."""
     if isinstance(schema, bool) and not schema and not path.endswith("/additionalProperties"):
@@ -101,12 +108,17 @@ def _unsupported(schema: object, path: str) -> Iterator[tuple[str, str]]:
         return
     for keyword in sorted(_NOT_ENFORCED & schema.keys()):
         yield path, f"'{keyword}'"
+    chosen = next((keyword for keyword in _ALONE if keyword in schema), None)
+    for keyword in sorted((_STRUCTURE & schema.keys()) - {chosen}) if chosen else ():
+        yield path, f"'{keyword}' beside '{chosen}'"
+    required, properties = schema.get("required"), schema.get("properties")
+    for name in required if isinstance(required, list) else ():
+        if not isinstance(properties, dict) or name not in properties:
+            yield path, f"requiring {name!r} without a property of that name"
     types = schema.get("type")
     if types == "number" or (isinstance(types, list) and "number" in types):
         for keyword in sorted(_NOT_ENFORCED_FOR_NUMBERS & schema.keys()):
             yield path, f"'{keyword}' of a number that is no integer"
-    if isinstance(schema.get("pattern"), str) and not _is_convertible(schema["pattern"]):
-        yield path, f"the pattern {schema['pattern']!r} (it must begin with ^ and end with $; write [0-9] for \\d)"
     if isinstance(schema.get("pattern"), str) and not _is_convertible(schema["pattern"]):
         yield path, f"the pattern {schema['pattern']!r} (it must begin with ^ and end with $; write [0-9] for \\d)"
     for keyword in _SCHEMAS:
@@ -116,6 +128,6 @@ def _unsupported(schema: object, path: str) -> Iterator[tuple[str, str]]:
         for index, member in enumerate(members if isinstance(members, list) else ()):
             yield from _unsupported(member, f"{path}/{keyword}/{index}")
     for keyword in _MAPPINGS_OF_SCHEMAS:
-        properties = schema.get(keyword)
-        for name, member in (properties if isinstance(properties, dict) else {}).items():
+        named = schema.get(keyword)
+        for name, member in (named if isinstance(named, dict) else {}).items():
             yield from _unsupported(member, f"{path}/{keyword}/{name}")

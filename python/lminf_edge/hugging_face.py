@@ -52,8 +52,12 @@ def cached_files() -> Iterator[tuple[str, Path]]:
     """
     try:
         hub = importlib.import_module("huggingface_hub")
+        not_found = importlib.import_module("huggingface_hub.utils").CacheNotFound
+    except ImportError:
+        return
+    try:
         cache = hub.scan_cache_dir()
-    except (ImportError, ValueError):  # huggingface_hub's CacheNotFound is a ValueError
+    except not_found:  # nothing was ever downloaded
         return
     for repository in cache.repos:
         if repository.repo_type != "model":

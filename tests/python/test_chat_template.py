@@ -59,6 +59,7 @@ def test_the_default_model_s_template_writes_what_the_model_was_trained_on(defau
         ("{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}", "4"),
         ("{% macro f(x) %}[{{ x ~ '!' ~ 1 }}]{% endmacro %}{{ f('a') }}", "[a!1]"),
         ("{{ tools is none }}{{ documents is defined }}", "TrueFalse"),
+        ("{% generation %}{{ messages[2].content }}{% endgeneration %}!", "Yes.!"),
         ("{{ strftime_now('%Y') }}", str(datetime.now().year)),
         ("{{ '-' * 3 }}{{ messages[0].content.split()[1] }}{{ range(3)|list }}", "---brief.[0, 1, 2]"),
     ],
@@ -205,6 +206,17 @@ def test_segments_are_the_messages_one_after_the_other(model: _core.Model) -> No
     assert len(segments) == len(CHAT) + 1
     assert [token for segment in segments for token in segment] == chat_format.tokens(CHAT)
     assert chat_format.segments(CHAT[:2], add_generation_prompt=False) == segments[:2]
+    assert chat_format.added_tokens(CHAT, 2) == [token for segment in segments[2:] for token in segment]
+
+
+def test_what_follows_an_answer_is_known(model: _core.Model) -> None:
+    chat_format = ChatFormat(model)
+    question = CHAT[:2]
+    asked = chat_format.tokens(question)
+    answer = model.tokenize(b"Yes.", False, False).tolist()
+    assert asked + answer + chat_format.closing_tokens(question) == chat_format.tokens(
+        CHAT[:3], add_generation_prompt=False
+    )
 
 
 # --- messages
@@ -229,6 +241,13 @@ def test_segments_are_the_messages_one_after_the_other(model: _core.Model) -> No
 def test_wrong_messages_are_refused(messages: Any, error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         check_messages(messages)
+
+
+def test_messages_within_themselves_are_refused() -> None:
+    message: dict[str, Any] = {"role": "user", "content": "hi"}
+    message["self"] = message
+    with pytest.raises(ConfigError, match="nested"):
+        check_messages([message])
 
 
 def test_text_parts_are_joined_and_other_entries_kept() -> None:

@@ -14,7 +14,7 @@ from lminf_edge.models import list_models, resolve_model
 from tiny_models import TinyModel
 
 
-class CacheMissingError(ValueError):
+class CacheMissingError(Exception):
     """What huggingface_hub raises where nothing was ever downloaded."""
 
 
@@ -42,6 +42,7 @@ def hub(head_32: TinyModel, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         scan_cache_dir=scan,
     )
     monkeypatch.setitem(sys.modules, "huggingface_hub", fake)
+    monkeypatch.setitem(sys.modules, "huggingface_hub.utils", SimpleNamespace(CacheNotFound=CacheMissingError))
     return fake
 
 
