@@ -97,7 +97,11 @@ drawn_token Sampler::sample(Context & context, size_t n_top, llama_seq_id seq_id
     }
     const llama_token token = draw(logits);
     llama_sampler_accept(chain.get(), token);
-    llama_sampler_accept(grammar.get(), token);
+    try {
+        llama_sampler_accept(grammar.get(), token);
+    } catch (const std::exception & err) { // where it mixes tokens and characters, it can allow more than it accepts
+        throw error(error_type::state, std::string("the grammar contradicts itself: ") + err.what());
+    }
     return {{token, logprob(logits, n_vocab, token)}, most_probable(logits, n_vocab, n_top)};
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
@@ -11,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from lminf_edge import ConfigError, ContextError, Llama, LMInfConfig, StateError, UnsupportedModelError
 from lminf_edge.chat_prompt import ChatFormat
@@ -336,6 +339,40 @@ def test_a_bad_grammar_is_refused_in_words(
 def test_good_grammars_pass_the_check(tiny: Llama) -> None:
     for grammar in ('\n# comment\n\nroot ::= a*\na ::= "("{300} | b?\nb ::= ("x"*)*', 'root ::= "a" root | ""'):
         text_of(tiny, "abc", grammar=grammar, max_tokens=2)
+
+
+GRAMMAR_PARTS = st.sampled_from(
+    [
+        "a",
+        "b",
+        "root",
+        " ",
+        '"x"',
+        '"é"',
+        "[a-z]",
+        "[^a]",
+        ".",
+        "*",
+        "+",
+        "?",
+        "{2}",
+        "{0,3}",
+        "(",
+        ")",
+        "|",
+        '""',
+        "<[5]>",
+    ]
+    + ["!<[5]>", "# c\n", "\\", '"', "[", "{1,", "\\x41", "::=", "\n", "[]", "[z-a]"]
+)
+ALTERNATES = st.lists(GRAMMAR_PARTS, max_size=8).map("".join)
+
+
+@settings(max_examples=400, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(ALTERNATES, ALTERNATES, ALTERNATES)
+def test_no_grammar_ends_the_process(tiny: Llama, root: str, a: str, b: str) -> None:
+    with contextlib.suppress(ConfigError, StateError):
+        tiny.create_completion([5, 6, 7], grammar=f"root ::= {root}\na ::= {a}\nb ::= {b}", max_tokens=4)
 
 
 def test_a_grammar_that_leaves_no_token_is_an_error_and_not_the_end_of_the_process(tiny: Llama) -> None:
