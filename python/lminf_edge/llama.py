@@ -29,7 +29,7 @@ from lminf_edge.gguf_file import check_gguf_file
 from lminf_edge.records import GenerationStep, MemoryStats, TextPiece
 from lminf_edge.sampling import N_SEED_MAX, SamplingOptions
 from lminf_edge.sequence import ModelSequence
-from lminf_edge.system import default_n_threads, resident_bytes
+from lminf_edge.system import default_n_threads
 from lminf_edge.text_generation import TextOptions, write_text
 from lminf_edge.tokens import TokenArray, TokenSequence, as_token_array
 
@@ -420,19 +420,7 @@ class Llama(CompletionMethods):
 
     def memory_stats(self) -> MemoryStats:
         """What the object keeps of its sequence, and where that stands. Waits for a micro-batch being computed."""
-        stats = self._sequence.context.stats()
-        return MemoryStats(
-            kv_bytes=stats.n_bytes,
-            n_cells=stats.n_cells,
-            n_cells_used=stats.n_cells_used,
-            n_past=stats.n_past,
-            n_evicted=stats.n_evicted,
-            sink_distance=None if stats.sink_distance < 0 else stats.sink_distance,
-            n_placements=stats.n_placements,
-            n_rebases=stats.n_rebases,
-            pos_physical=stats.pos_physical,
-            resident_bytes=resident_bytes(),
-        )
+        return self._sequence.memory_stats()
 
     def close(self) -> None:
         """Frees the model and the context, as soon as no other thread computes with them. Can be called again."""
@@ -450,6 +438,10 @@ class Llama(CompletionMethods):
     @property
     def _model(self) -> _core.Model:
         return self._sequence.model
+
+    @property
+    def _context(self) -> _core.Context:
+        return self._sequence.context
 
     @cached_property
     def _chat_format(self) -> ChatFormat:

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from lminf_edge._library import _core
 from lminf_edge.errors import ContextError, StateError
 from lminf_edge.history import TokenHistory
+from lminf_edge.records import MemoryStats
+from lminf_edge.system import resident_bytes
 from lminf_edge.tokens import TokenArray
 
 
@@ -48,6 +50,22 @@ class ModelSequence:
     def n_past(self) -> int:
         """Position of the next token, 64-bit."""
         return self.context.n_past()
+
+    def memory_stats(self) -> MemoryStats:
+        """What the context keeps of the sequence. Waits for a micro-batch being computed."""
+        stats = self.context.stats()
+        return MemoryStats(
+            kv_bytes=stats.n_bytes,
+            n_cells=stats.n_cells,
+            n_cells_used=stats.n_cells_used,
+            n_past=stats.n_past,
+            n_evicted=stats.n_evicted,
+            sink_distance=None if stats.sink_distance < 0 else stats.sink_distance,
+            n_placements=stats.n_placements,
+            n_rebases=stats.n_rebases,
+            pos_physical=stats.pos_physical,
+            resident_bytes=resident_bytes(),
+        )
 
     def close(self) -> None:
         """Frees the context, as soon as no other thread computes with it. Can be called again."""

@@ -11,10 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lminf_edge import ConfigError, ContextError, Llama, LMInfConfig, StateError, UnsupportedModelError
 from lminf_edge.chat_prompt import ChatFormat
 from lminf_edge.completion_types import Completion, SamplingParams
+from lminf_edge.history import TokenHistory
 from lminf_edge.sampling import SamplingOptions
 from tiny_models import TinyModel
 
@@ -332,6 +335,47 @@ def test_the_end_of_a_sequence_can_be_removed(tiny: Llama) -> None:
     assert tiny.n_past == 0
     with pytest.raises(StateError, match="no logits"):
         tiny._sequence.context.last_logits()
+
+
+def test_the_end_of_a_very_long_sequence_can_be_removed(tiny: Llama) -> None:
+    far = 2**40
+    tiny.eval(range(5, 100))
+    assert tiny._context.test_set_position(far)
+    tiny.eval(range(5, 100))
+    expected = tiny.eval([7])[-1]
+    tiny.truncate(far + 90)
+    assert tiny.n_past == far + 90
+    np.testing.assert_allclose(tiny.eval([*range(95, 100), 7])[-1], expected, atol=1e-4)
+
+
+def test_the_end_of_a_plain_context_can_be_removed(head_32: TinyModel) -> None:
+    with Llama(head_32.path, n_ctx=256, n_threads=1) as llm:
+        expected = llm.eval([5, 6, 7])[-1]
+        llm.eval(range(5, 100))
+        llm.truncate(2)
+        np.testing.assert_allclose(llm.eval([7])[-1], expected, atol=1e-4)
+        assert llm.n_past == 3
+
+
+FEW_TOKENS = st.lists(st.integers(0, 2), max_size=12)
+
+
+@given(st.lists(st.tuples(FEW_TOKENS, st.integers(0, 30)), max_size=4), FEW_TOKENS)
+def test_the_history_knows_what_is_common(changes: list[tuple[list[int], int]], prompt: list[int]) -> None:
+    history, sequence = TokenHistory(n_max=20), np.empty(0, np.int32)
+    too_long = False
+    for appended, n_past in changes:
+        history.append(np.array(appended, np.int32))
+        sequence = np.concatenate([sequence, np.array(appended, np.int32)])
+        too_long = too_long or len(sequence) > 20
+        if n_past < len(sequence):
+            history.truncate(n_past)
+            sequence = sequence[:n_past]
+            too_long = too_long and n_past > 0
+    common = next((n for n, pair in enumerate(zip(sequence, prompt, strict=False)) if pair[0] != pair[1]), None)
+    expected = min(len(sequence), len(prompt)) if common is None else common
+    assert history.n_common(np.array(prompt, np.int32), len(sequence)) == (0 if too_long else expected)
+    assert history.n_common(np.array(prompt, np.int32), len(sequence) + 1) == 0
 
 
 # --- wrong input
