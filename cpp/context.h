@@ -76,8 +76,8 @@ public:
     // Appends tokens, at most n_batch, and computes the logits of all of them or of the last one.
     // Raises what a signal handler, or the caller's check (called about every 50 ms), raised meanwhile; then complete
     // micro-batches stay in the sequence.
-    void decode(const llama_token * tokens, size_t n_tokens, bool all_logits,
-        const pybind11::object * callers_check = nullptr);
+    void decode(
+        const llama_token * tokens, size_t n_tokens, bool all_logits, const pybind11::object * callers_check = nullptr);
 
     // Logits of the last token of this sequence, [n_vocab]. Throws error_type::state if they are not there.
     const float * last_logits() const;

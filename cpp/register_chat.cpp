@@ -17,7 +17,7 @@ static std::vector<std::string> builtin_chat_templates() {
     return {names.begin(), names.end()};
 }
 
-static std::string apply_chat_template(const std::string & name,
+static std::string apply_chat_template(const std::string &   name,
     const std::vector<std::pair<std::string, std::string>> & messages, bool add_generation_prompt) {
     size_t                          n_bytes = 0;
     std::vector<llama_chat_message> chat;

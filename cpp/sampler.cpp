@@ -38,8 +38,8 @@ Sampler::Sampler(std::shared_ptr<Model> model, const sampler_options & options) 
     if (!bias.empty()) {
         add(llama_sampler_init_logit_bias(n_vocab, static_cast<int32_t>(bias.size()), bias.data()));
     }
-    add(llama_sampler_init_penalties(n_vocab, options.penalty_last_n, options.repeat_penalty, options.frequency_penalty,
-        options.presence_penalty));
+    add(llama_sampler_init_penalties(
+        n_vocab, options.penalty_last_n, options.repeat_penalty, options.frequency_penalty, options.presence_penalty));
     if (options.temperature < greedy_temperature) {
         add(llama_sampler_init_greedy());
     } else {
