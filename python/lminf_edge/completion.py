@@ -230,7 +230,7 @@ class _ChatShape(_Shape):
         n_written = 0
         for piece in self._pieces:
             n_written = piece.n_tokens
-            if piece.text:
+            if piece.text or piece.tokens:
                 yield self._chunk({"content": piece.text}, piece.tokens, None)
             if piece.finish_reason:
                 yield self._chunk({}, (), _openai_reason(piece))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from typing import Any, Literal, overload
 
+from lminf_edge._checks import check_bool
 from lminf_edge._typing import Unpack
 from lminf_edge.background import Cancellation, iterate_in_thread
 from lminf_edge.completion import TextModel, chat, complete, stream_chat, stream_completion
@@ -38,6 +39,10 @@ class CompletionMethods:
     def create_completion(
         self: TextModel, prompt: str | TokenSequence, *, stream: Literal[True], **options: Unpack[CompletionParams]
     ) -> Iterator[Completion]: ...
+    @overload
+    def create_completion(
+        self: TextModel, prompt: str | TokenSequence, *, stream: bool, **options: Unpack[CompletionParams]
+    ) -> Completion | Iterator[Completion]: ...
     def create_completion(
         self: TextModel, prompt: str | TokenSequence, *, stream: bool = False, **options: Unpack[CompletionParams]
     ) -> Completion | Iterator[Completion]:
@@ -59,7 +64,7 @@ class CompletionMethods:
             ContextError: A plain context has no room for the prompt. Nothing was computed.
             StateError: The object is closed or computing; while streaming: another call has changed its sequence.
         """
-        if stream:
+        if check_bool("stream", stream):
             return stream_completion(self, prompt, options)
         return complete(self, prompt, options)
 
@@ -92,6 +97,14 @@ class CompletionMethods:
         stream: Literal[True],
         **options: Unpack[ChatCompletionParams],
     ) -> Iterator[ChatCompletionChunk]: ...
+    @overload
+    def create_chat_completion(
+        self: TextModel,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        stream: bool,
+        **options: Unpack[ChatCompletionParams],
+    ) -> ChatCompletion | Iterator[ChatCompletionChunk]: ...
     def create_chat_completion(
         self: TextModel,
         messages: Sequence[Mapping[str, Any]],
@@ -118,7 +131,7 @@ class CompletionMethods:
             UnsupportedModelError: The model has no chat template that can be used, and no chat_format was given.
             ContextError, StateError: As for `create_completion`.
         """
-        if stream:
+        if check_bool("stream", stream):
             return stream_chat(self, messages, options)
         return chat(self, messages, options)
 

@@ -200,6 +200,21 @@ def test_a_message_cannot_end_itself_and_begin_another_one(model: _core.Model) -
     assert forged in text
 
 
+@pytest.mark.parametrize("source", ["{{ bos_token }}hi", "hi", "<|im_end|>hi"])
+def test_the_begin_of_text_token_stands_there_once(model: _core.Model, source: str) -> None:
+    class WantsBos:
+        add_bos = True
+        chat_template = source
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(model, name)
+
+    wants_bos: Any = WantsBos()
+    tokens = ChatFormat(wants_bos).tokens(CHAT)
+    assert tokens.count(model.bos) == 1
+    assert tokens[0] == model.bos
+
+
 def test_segments_are_the_messages_one_after_the_other(model: _core.Model) -> None:
     chat_format = ChatFormat(model)
     segments = chat_format.segments(CHAT)

@@ -403,6 +403,7 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"stop_on_loop": 1}, ConfigError, "stop_on_loop"),
     ({"stream_options": {"usage": True}}, ConfigError, "stream_options"),
     ({"model": 5}, TypeError, "model"),
+    ({"stream": "yes"}, ConfigError, "stream = 'yes'"),
     ({"temprature": 1}, TypeError, "unexpected keyword argument 'temprature'"),
 ]
 
@@ -415,9 +416,9 @@ def test_wrong_options_are_refused_before_anything_is_computed(
     chat: Any = tiny.create_chat_completion
     calls: list[Callable[[], object]] = [
         lambda: create("abc", **options),
-        lambda: create("abc", stream=True, **options),
+        lambda: create("abc", **{"stream": True, **options}),
         lambda: chat(QUESTION, **options),
-        lambda: chat(QUESTION, stream=True, **options),
+        lambda: chat(QUESTION, **{"stream": True, **options}),
     ]
     for call in calls:
         with pytest.raises(error, match=words):
@@ -444,6 +445,20 @@ def test_wrong_prompts_and_combinations_are_refused(tiny: Llama) -> None:
     with pytest.raises(TypeError, match="echo"):
         chat(QUESTION, echo=True)
     assert tiny.n_past == 0
+
+
+def test_tools_reach_the_model_s_template(tiny: Llama) -> None:
+    class WithTools:
+        chat_template = "{{ messages[0].content }}{{ tools[0].function.name }}"
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(tiny._model, name)
+
+    model: Any = WithTools()
+    vars(tiny)["_chat_format"] = ChatFormat(model)
+    tools = [{"type": "function", "function": {"name": "weather"}}]
+    answer = tiny.create_chat_completion(QUESTION, tools=tools, max_tokens=1)
+    assert answer["usage"]["prompt_tokens"] == len(tiny.tokenize(QUESTION[0]["content"] + "weather"))
 
 
 def test_a_model_without_a_template_says_what_to_do(tiny: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
