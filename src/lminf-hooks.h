@@ -7,11 +7,13 @@
 
 #include <memory>
 
-// Called before the memory of a context is made.
-void lminf_begin_memory(const llama_cparams & cparams, uint32_t n_ctx_train);
+// In place of llama_model::create_memory(), which it calls: finds out whether the context being made is to have LM-Infinite (asked
+// for by lminf_init_from_model(), lminf_use_params() or the environment), and checks and sets what is common to all kinds of
+// memory. Throws, with the reason, if model and parameters do not fit.
+llama_memory_i * lminf_create_memory(const llama_model & model, const llama_memory_params & params, llama_cparams & cparams);
 
 // Takes the place of llama_kv_cache's constructor wherever the KV cache of a model's layers is made: an lminf_kv_cache if the
-// context being created is to have LM-Infinite, else llama.cpp's own. Throws if that cannot be.
+// context being created is to have LM-Infinite, else llama.cpp's own.
 std::unique_ptr<llama_kv_cache> lminf_make_kv_cache(
         const llama_model & model, const llama_hparams & hparams, ggml_type type_k, ggml_type type_v, bool v_trans,
         bool offload, bool unified, uint32_t kv_size, uint32_t n_seq_max, uint32_t n_pad, uint32_t n_swa,

@@ -53,6 +53,9 @@ ggml_tensor * lminf_kv_cache::cpy_k(
 
     if (ropes[ikv].state == lminf_rope::UNKNOWN) {
         ropes[ikv] = lminf_rope::find(k_cur);
+        if (ropes[ikv].state == lminf_rope::UNSUPPORTED) {
+            lminf_refuse_rope(model);
+        }
     }
 
     const auto & c = capture;

@@ -46,7 +46,7 @@ bool lminf_kv_cache::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
 
     for (llama_seq_id s = s0; s <= s1; ++s) {
         if (!can_remove(s, p0, p1)) {
-            LLAMA_LOG_ERROR("%s: [%d, %d) of sequence %d cannot be removed exactly: possible are the last n_rollback = %d tokens, "
+            LLAMA_LOG_INFO("%s: [%d, %d) of sequence %d cannot be removed exactly: possible are the last n_rollback = %d tokens, "
                     "the oldest part of the window, and all\n", __func__, p0, p1, s, (int) policy.n_rollback);
             return false;
         }
@@ -183,12 +183,6 @@ std::map<ggml_backend_buffer_type_t, size_t> lminf_kv_cache::memory_breakdown() 
 //
 // what lminf.cpp reads
 //
-
-bool lminf_kv_cache::rope_is_supported() const {
-    return std::all_of(ropes.begin(), ropes.end(), [](const lminf_rope & rope) {
-        return rope.state == lminf_rope::ROTATED || rope.state == lminf_rope::PLAIN;
-    });
-}
 
 lminf_stats lminf_kv_cache::stats(llama_seq_id seq_id) const {
     const auto & seq = seqs[seq_id];

@@ -15,20 +15,12 @@
 
 static thread_local std::shared_ptr<lminf_cache_group> group_pending;
 
-void lminf_set_cache_group(std::shared_ptr<lminf_cache_group> group) {
+lminf_cache_group_scope::lminf_cache_group_scope(std::shared_ptr<lminf_cache_group> group) {
     group_pending = std::move(group);
 }
 
-void lminf_begin_memory(const llama_cparams & cparams, uint32_t n_ctx_train) {
-    if (!group_pending) {
-        return;
-    }
-    group_pending->n_ubatch = cparams.n_ubatch;
-
-    // The context's size decides which of long and short RoPE factors a model uses. What counts are the distances that it
-    // will see. (cparams belongs to the context that is being made; only its creator's reference is const.)
-    const auto & params = group_pending->params;
-    const_cast<llama_cparams &>(cparams).n_ctx_seq = std::max(params.n_window, std::min(params.n_clamp, n_ctx_train));
+lminf_cache_group_scope::~lminf_cache_group_scope() {
+    group_pending.reset();
 }
 
 static lminf_policy make_policy(
@@ -61,9 +53,6 @@ std::unique_ptr<llama_kv_cache> lminf_make_kv_cache(
     if (!group_pending || mem_other) {
         return std::make_unique<llama_kv_cache>(model, hparams, type_k, type_v, v_trans, offload, unified, kv_size, n_seq_max, n_pad,
                 n_swa, swa_type, mem_other, filter, reuse, share);
-    }
-    if (unified && n_seq_max > 1) {
-        throw std::runtime_error("LM-Infinite keeps each sequence in cells of its own: kv_unified must be off");
     }
     return std::make_unique<lminf_kv_cache>(group_pending, make_policy(*group_pending, hparams, n_swa, swa_type), model, hparams,
             type_k, type_v, v_trans, offload, unified, n_seq_max, n_swa, swa_type, filter, reuse);
@@ -161,6 +150,11 @@ std::vector<lminf_kv_cache::ubatch_part> lminf_kv_cache::parts(const llama_ubatc
 
 llama_kv_cache::slot_info_vec_t lminf_kv_cache::prepare(const std::vector<llama_ubatch> & ubatches) {
     capture = {};
+
+    if (lctx && !lctx->get_cparams().causal_attn) {
+        LLAMA_LOG_ERROR("%s: LM-Infinite needs causal attention, and llama_set_causal_attn() has turned it off\n", __func__);
+        return {};
+    }
 
     slot_info_vec_t res;
 

@@ -22,14 +22,26 @@ class lminf_kv_cache;
 
 // The caches of one context. They store the same tokens, and allow or refuse a removal together.
 struct lminf_cache_group {
-    lminf_params params;
-    uint32_t     n_ubatch = 0; // lminf_begin_memory() knows it
+    lminf_cache_group(const lminf_params & params, uint32_t n_ubatch) : params(params), n_ubatch(n_ubatch) {}
+
+    const lminf_params params; // resolved
+    const uint32_t     n_ubatch;
 
     std::vector<lminf_kv_cache *> caches; // in the order in which llama.cpp made them: that of the full-attention layers first
 };
 
-// The caches made on this thread belong to this group, as long as it is set. NULL: llama.cpp's own caches.
-void lminf_set_cache_group(std::shared_ptr<lminf_cache_group> group);
+// In its lifetime, the caches that are made on this thread belong to this group. Otherwise they are llama.cpp's own.
+class lminf_cache_group_scope {
+public:
+    explicit lminf_cache_group_scope(std::shared_ptr<lminf_cache_group> group);
+    ~lminf_cache_group_scope();
+
+    lminf_cache_group_scope(const lminf_cache_group_scope &) = delete;
+    lminf_cache_group_scope & operator=(const lminf_cache_group_scope &) = delete;
+};
+
+// Ends the creation of a context by an exception: something happens to a key after RoPE, as its first graph shows.
+[[noreturn]] void lminf_refuse_rope(const llama_model & model);
 
 class lminf_kv_cache : public llama_kv_cache {
 public:
@@ -115,8 +127,6 @@ public:
     const lminf_cache_group & get_group() const { return *group; }
 
     bool has_seq(llama_seq_id seq_id) const { return seq_id >= 0 && (size_t) seq_id < seqs.size(); }
-
-    bool rope_is_supported() const;
 
     int64_t     n_past(llama_seq_id seq_id) const { return seqs[seq_id].n_past; }
     lminf_stats stats (llama_seq_id seq_id) const; // all but n_bytes

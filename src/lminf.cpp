@@ -1,5 +1,7 @@
 #include "lminf.h"
 
+#include "lminf-env.h"
+#include "lminf-hooks.h"
 #include "lminf-kv-cache.h"
 
 #include "llama-context.h"
@@ -12,6 +14,8 @@
 
 #include <algorithm>
 #include <memory>
+#include <optional>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -22,6 +26,14 @@
 // what the last call on this thread said
 static thread_local lminf_status last_status = LMINF_STATUS_OK;
 static thread_local std::string  last_error;
+
+// What the contexts made on this thread are to have, if a caller has decided that. Otherwise the environment does.
+struct lminf_request {
+    bool by_caller = false;
+
+    std::optional<lminf_params> params; // none: a context without LM-Infinite
+};
+static thread_local lminf_request request;
 
 static lminf_status fail(lminf_status status, const std::string & message) {
     last_status = status;
@@ -50,7 +62,7 @@ struct lminf_params lminf_default_params(void) {
     };
 }
 
-static std::string unsupported_reason(const llama_model & model, const llama_context_params & cparams) {
+static std::string unsupported_reason(const llama_model & model, llama_context_type ctx_type, uint32_t n_seq_max) {
     const auto & hparams = model.hparams;
 
     if (hparams.vocab_only) {
@@ -77,29 +89,26 @@ static std::string unsupported_reason(const llama_model & model, const llama_con
     if (hparams.ple_n_heads > 0) {
         return "its input embeddings depend on the tokens before";
     }
-    if ((model.arch == LLM_ARCH_PLAMO2 || model.arch == LLM_ARCH_KIMI_LINEAR) && cparams.n_seq_max > 1) {
+    if ((model.arch == LLM_ARCH_PLAMO2 || model.arch == LLM_ARCH_KIMI_LINEAR) && n_seq_max > 1) {
         return "llama.cpp's own graph of it stops the process with several sequences; use n_seq_max = 1";
     }
-    if (cparams.ctx_type != LLAMA_CONTEXT_TYPE_DEFAULT) {
+    if (ctx_type != LLAMA_CONTEXT_TYPE_DEFAULT) {
         return "the context is not a plain one (multi-token prediction)";
     }
     return "";
 }
 
-enum lminf_status lminf_resolve_params(
-        const struct llama_model * model, struct llama_context_params cparams, struct lminf_params * params) {
-    if (!model || !params) {
-        return fail(LMINF_STATUS_CONFIG, "model and params must not be NULL");
-    }
+static lminf_status fail_unsupported(const llama_model & model, const std::string & reason) {
+    return fail(LMINF_STATUS_UNSUPPORTED, "LM-Infinite does not support this model (" + model.arch_name() + "): " + reason);
+}
 
-    const std::string reason = unsupported_reason(*model, cparams);
+static lminf_status resolve_params(const llama_model & model, llama_context_type ctx_type, uint32_t n_seq_max, lminf_params & p) {
+    const std::string reason = unsupported_reason(model, ctx_type, n_seq_max);
     if (!reason.empty()) {
-        return fail(LMINF_STATUS_UNSUPPORTED, "LM-Infinite does not support this model (" + model->arch_name() + "): " + reason);
+        return fail_unsupported(model, reason);
     }
 
-    auto & p = *params;
-
-    const uint32_t n_train = model->hparams.n_ctx_train;
+    const uint32_t n_train = model.hparams.n_ctx_train;
 
     p.n_window = p.n_window ? p.n_window : std::min(2048u, n_train);
     p.n_clamp  = p.n_clamp  ? p.n_clamp  : p.n_window;
@@ -141,14 +150,61 @@ enum lminf_status lminf_resolve_params(
     return succeed();
 }
 
+enum lminf_status lminf_resolve_params(
+        const struct llama_model * model, struct llama_context_params cparams, struct lminf_params * params) {
+    if (!model || !params) {
+        return fail(LMINF_STATUS_CONFIG, "model and params must not be NULL");
+    }
+    return resolve_params(*model, cparams.ctx_type, cparams.n_seq_max, *params);
+}
+
+static bool is_castable(ggml_type type) {
+    switch (type) {
+        case GGML_TYPE_F32:
+        case GGML_TYPE_F16:
+        case GGML_TYPE_BF16:
+        case GGML_TYPE_Q4_0:
+        case GGML_TYPE_Q4_1:
+        case GGML_TYPE_Q5_0:
+        case GGML_TYPE_Q5_1:
+        case GGML_TYPE_Q8_0:
+            return true;
+        default:
+            return false;
+    }
+}
+
+static lminf_status check_cache_types(const llama_model & model, ggml_type type_k, ggml_type type_v) {
+    const auto & hparams = model.hparams;
+
+    for (const auto type : { type_k, type_v }) {
+        const std::string name = std::string("cache type ") + ggml_type_name(type);
+        if (!is_castable(type)) {
+            return fail(LMINF_STATUS_CONFIG, name + " is not supported for " + (type == type_k ? "keys" : "values") +
+                    ": use f32, f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0");
+        }
+        const int64_t n_block = ggml_blck_size(type);
+        for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
+            if (hparams.n_embd_head_k(il) % n_block != 0 || hparams.n_embd_head_v(il) % n_block != 0) {
+                return fail(LMINF_STATUS_CONFIG, name + " needs a head size that is a multiple of " + std::to_string(n_block) +
+                        "; this model's is " + std::to_string(hparams.n_embd_head_k(il)));
+            }
+        }
+    }
+    return LMINF_STATUS_OK;
+}
+
+// Where llama.cpp looks at the context's size it means the largest distance: models with long and short RoPE factors choose by it.
+static uint32_t largest_distance(const llama_model & model, const lminf_params & params) {
+    return std::max(params.n_window, std::min(params.n_clamp, model.hparams.n_ctx_train));
+}
+
 //
 // context
 //
 
 // the KV cache of the full-attention layers, whatever memory holds it; NULL if the context was not made with LM-Infinite
-static lminf_kv_cache * get_kv_cache(const llama_context * ctx) {
-    llama_memory_i * memory = ctx ? llama_get_memory(ctx) : nullptr;
-
+static lminf_kv_cache * get_kv_cache(llama_memory_i * memory) {
     if (auto * hybrid = dynamic_cast<llama_memory_hybrid *>(memory)) {
         memory = hybrid->get_mem_attn();
     } else if (auto * hybrid_iswa = dynamic_cast<llama_memory_hybrid_iswa *>(memory)) {
@@ -158,6 +214,10 @@ static lminf_kv_cache * get_kv_cache(const llama_context * ctx) {
         memory = iswa->get_base();
     }
     return dynamic_cast<lminf_kv_cache *>(memory);
+}
+
+static lminf_kv_cache * get_kv_cache(const llama_context * ctx) {
+    return ctx ? get_kv_cache(llama_get_memory(ctx)) : nullptr;
 }
 
 // the states beside that cache, if the model has any
@@ -180,76 +240,95 @@ static void align_recurrent(const llama_context * ctx, llama_seq_id seq_id) {
     }
 }
 
-static bool fail_if_not_castable(ggml_type type, const char * name) {
-    switch (type) {
-        case GGML_TYPE_F32:
-        case GGML_TYPE_F16:
-        case GGML_TYPE_BF16:
-        case GGML_TYPE_Q4_0:
-        case GGML_TYPE_Q4_1:
-        case GGML_TYPE_Q5_0:
-        case GGML_TYPE_Q5_1:
-        case GGML_TYPE_Q8_0:
-            return false;
-        default:
-            fail(LMINF_STATUS_CONFIG, std::string("cache type ") + ggml_type_name(type) + " is not supported for " + name +
-                    ": use f32, f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0");
-            return true;
+void lminf_use_params(const struct lminf_params * params) {
+    request = { /*.by_caller =*/ true, params ? std::optional(*params) : std::nullopt };
+    succeed();
+}
+
+void lminf_use_environment(void) {
+    request = {};
+}
+
+// What llama.cpp made of the parameters that a program gave it, whichever way LM-Infinite was asked for.
+static lminf_status check_context(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams) {
+    if (cparams.kv_unified && cparams.n_seq_max > 1) {
+        return fail(LMINF_STATUS_CONFIG, "LM-Infinite keeps each sequence in cells of its own: kv_unified must be off with n_seq_max = " +
+                std::to_string(cparams.n_seq_max));
     }
+    if (!cparams.causal_attn) {
+        return fail(LMINF_STATUS_CONFIG, "LM-Infinite needs causal attention, and the context's attention_type is another one");
+    }
+    return check_cache_types(model, params.type_k, params.type_v);
+}
+
+llama_memory_i * lminf_create_memory(const llama_model & model, const llama_memory_params & params, llama_cparams & cparams) {
+    auto asked = request.by_caller ? request.params : lminf_params_from_env();
+
+    if (asked && !request.by_caller && cparams.embeddings && !model.hparams.causal_attn) {
+        LLAMA_LOG_WARN("%s: LM-Infinite is off for this context: the model reads each text at once and keeps nothing\n", __func__);
+        asked.reset();
+    }
+    if (!asked) {
+        return model.create_memory(params, cparams);
+    }
+
+    auto & p = *asked;
+    if (resolve_params(model, params.ctx_type, cparams.n_seq_max, p) != LMINF_STATUS_OK ||
+            check_context(model, params, cparams) != LMINF_STATUS_OK) {
+        throw std::runtime_error(last_error);
+    }
+    LLAMA_LOG_INFO("%s: LM-Infinite: n_sink = %u, n_window = %u, n_clamp = %u, n_block = %u, n_rollback = %u, sink_order = %s\n", __func__,
+            p.n_sink, p.n_window, p.n_clamp, p.n_block, p.n_rollback, p.sink_order == LMINF_SINK_ORDER_KEPT ? "kept" : "clamped");
+
+    // however long the text is that a program has in mind
+    const auto has_factors = [](const llama_layer & layer) { return layer.rope_long || layer.rope_short; };
+    if (std::any_of(model.layers.begin(), model.layers.end(), has_factors)) {
+        cparams.n_ctx_seq = largest_distance(model, p);
+    }
+
+    std::unique_ptr<llama_memory_i> memory;
+    {
+        const lminf_cache_group_scope scope(std::make_shared<lminf_cache_group>(p, cparams.n_ubatch));
+        memory.reset(model.create_memory(params, cparams));
+    }
+    if (!get_kv_cache(memory.get())) {
+        fail_unsupported(model, "it has a memory of its own kind");
+        throw std::runtime_error(last_error);
+    }
+    return memory.release();
+}
+
+void lminf_refuse_rope(const llama_model & model) {
+    fail_unsupported(model, "its keys are changed again after RoPE");
+    throw std::runtime_error(last_error);
 }
 
 struct llama_context * lminf_init_from_model(
         struct llama_model * model, struct llama_context_params cparams, struct lminf_params params) {
-    if (lminf_resolve_params(model, cparams, &params) != LMINF_STATUS_OK) {
-        return nullptr;
-    }
-    if (fail_if_not_castable(cparams.type_k, "keys") || fail_if_not_castable(cparams.type_v, "values")) {
+    if (lminf_resolve_params(model, cparams, &params) != LMINF_STATUS_OK ||
+            check_cache_types(*model, cparams.type_k, cparams.type_v) != LMINF_STATUS_OK) {
         return nullptr;
     }
     if (ggml_is_quantized(cparams.type_v) && cparams.flash_attn_type == LLAMA_FLASH_ATTN_TYPE_DISABLED) {
         fail(LMINF_STATUS_CONFIG, std::string("cache type ") + ggml_type_name(cparams.type_v) + " for values needs flash attention");
         return nullptr;
     }
-    for (const auto type : { cparams.type_k, cparams.type_v }) {
-        const auto & hparams = model->hparams;
-        for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
-            if (hparams.n_embd_head_k(il) % ggml_blck_size(type) != 0 || hparams.n_embd_head_v(il) % ggml_blck_size(type) != 0) {
-                fail(LMINF_STATUS_CONFIG, std::string("cache type ") + ggml_type_name(type) + " needs a head size that is a multiple of " +
-                        std::to_string(ggml_blck_size(type)) + "; this model's is " + std::to_string(hparams.n_embd_head_k(il)));
-                return nullptr;
-            }
-        }
-    }
 
     const uint32_t n_batch = cparams.n_batch ? cparams.n_batch : cparams.n_ubatch;
 
     cparams.n_seq_max  = std::max(1u, cparams.n_seq_max);
-    cparams.n_ctx      = std::max(params.n_window, n_batch)*cparams.n_seq_max; // bounds n_batch
+    cparams.n_ctx      = std::max(params.n_window, n_batch)*cparams.n_seq_max; // it also bounds n_batch
     cparams.kv_unified = cparams.n_seq_max == 1;
 
-    auto group = std::make_shared<lminf_cache_group>();
-    group->params = params;
+    const lminf_request before = request;
 
-    lminf_set_cache_group(group);
+    lminf_use_params(&params);
     llama_context * ctx = llama_init_from_model(model, cparams);
-    lminf_set_cache_group(nullptr);
+    request = before;
 
-    if (!ctx) {
+    if (!ctx && last_status == LMINF_STATUS_OK) {
         fail(LMINF_STATUS_CONTEXT, "llama.cpp could not create the context; its log says why");
-        return nullptr;
     }
-
-    const bool rope_ok = std::all_of(group->caches.begin(), group->caches.end(), [](const lminf_kv_cache * kv) {
-        return kv->rope_is_supported();
-    });
-    if (!get_kv_cache(ctx) || !rope_ok) {
-        llama_free(ctx);
-        fail(LMINF_STATUS_UNSUPPORTED, "LM-Infinite does not support this model (" + model->arch_name() + "): " +
-                (rope_ok ? "it has a memory of its own kind" : "its keys are changed again after RoPE"));
-        return nullptr;
-    }
-
-    succeed();
     return ctx;
 }
 

@@ -65,6 +65,14 @@ LLAMA_API enum lminf_status lminf_resolve_params(
 LLAMA_API struct llama_context * lminf_init_from_model(
         struct llama_model * model, struct llama_context_params cparams, struct lminf_params params);
 
+// What llama_init_from_model() gives on this thread from now on: contexts with these parameters (copied; defaults and checks as
+// above), with NULL plain ones, whatever the environment says. cparams.n_ctx stays what the caller asked for, and is no limit.
+LLAMA_API void lminf_use_params(const struct lminf_params * params);
+
+// The environment decides again, as at first: contexts have LM-Infinite if one of LMINF_N_SINK, LMINF_N_WINDOW, LMINF_N_CLAMP,
+// LMINF_N_BLOCK, LMINF_N_ROLLBACK, LMINF_N_REBASE (numbers as in lminf_params) and LMINF_SINK_ORDER (clamped, kept) is set.
+LLAMA_API void lminf_use_environment(void);
+
 LLAMA_API enum lminf_status lminf_last_status(void);
 LLAMA_API const char *      lminf_last_error (void); // "" after success
 

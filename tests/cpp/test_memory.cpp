@@ -317,6 +317,79 @@ static void test_refusals(llama_model * model) {
     CHECK(lminf_resolve_params(model, make_cparams({}), &params) == LMINF_STATUS_CONFIG);
 }
 
+// Who decides whether llama_init_from_model() gives a context with LM-Infinite: the caller on this thread, else the environment
+static void test_environment(llama_model * model) {
+    llama_context_params cparams = make_cparams({});
+    cparams.n_ctx = 4096;
+
+    const auto n_window = [&]() {
+        const context_ptr ctx(llama_init_from_model(model, cparams), llama_free);
+        CHECK(!ctx || llama_n_ctx(ctx.get()) == 4096);
+        lminf_params params;
+        return !ctx ? -1 : lminf_get_params(ctx.get(), &params) ? int(params.n_window) : 0;
+    };
+
+    CHECK(n_window() == 0);
+    setenv("LMINF_N_WINDOW", "32", 1);
+    CHECK(n_window() == 32);
+    lminf_use_params(nullptr);
+    CHECK(n_window() == 0);
+    const lminf_params given = make_params();
+    lminf_use_params(&given);
+    CHECK(n_window() == 24);
+    {
+        lminf_params other = given;
+        other.n_window = other.n_clamp = 16;
+        const context_ptr ctx(lminf_init_from_model(model, cparams, other), llama_free);
+        CHECK(ctx && lminf_get_params(ctx.get(), &other) && other.n_window == 16);
+    }
+    CHECK(n_window() == 24);
+    lminf_use_environment();
+    CHECK(n_window() == 32);
+    for (const char * value : { "x", "-1", "1.5", "4294967296", "257" }) {
+        setenv("LMINF_N_WINDOW", value, 1);
+        CHECK(n_window() == -1);
+    }
+    unsetenv("LMINF_N_WINDOW");
+    CHECK(n_window() == 0);
+
+    setenv("LMINF_SINK_ORDER", "kept", 1);
+    setenv("LMINF_N_CLAMP", "259", 1);
+    CHECK(n_window() == 256);
+    setenv("LMINF_N_CLAMP", "258", 1);
+    CHECK(n_window() == -1);
+    unsetenv("LMINF_SINK_ORDER");
+    unsetenv("LMINF_N_CLAMP");
+
+    cparams.n_seq_max = 2;
+    CHECK(n_window() == 0);
+    lminf_use_params(&given);
+    CHECK(n_window() == 24);
+    cparams.kv_unified = true;
+    CHECK(n_window() == -1 && lminf_last_status() == LMINF_STATUS_CONFIG);
+    lminf_use_environment();
+    CHECK(n_window() == 0);
+}
+
+static void test_keys_changed_after_rope(const std::string & path) {
+    tiny_model_params params;
+    params.arch = "hunyuan-dense";
+    write_tiny_model(path, params);
+    const model_ptr model(llama_model_load_from_file(path.c_str(), llama_model_default_params()), llama_model_free);
+    CHECK(model);
+
+    CHECK(!lminf_init_from_model(model.get(), make_cparams({}), make_params()));
+    CHECK(lminf_last_status() == LMINF_STATUS_UNSUPPORTED);
+    CHECK(std::string(lminf_last_error()).find("changed again after RoPE") != std::string::npos);
+
+    const lminf_params given = make_params();
+    lminf_use_params(&given);
+    CHECK(!llama_init_from_model(model.get(), make_cparams({})));
+    CHECK(lminf_last_status() == LMINF_STATUS_UNSUPPORTED);
+    lminf_use_environment();
+    CHECK(context_ptr(llama_init_from_model(model.get(), make_cparams({})), llama_free));
+}
+
 // An aborted micro-batch gives back exactly the state before, wherever it stopped
 static void test_abort(llama_model * model) {
     const tokens_t tokens = make_tokens(400, 9);
@@ -401,10 +474,12 @@ int main() {
         test_states(model.get(), GGML_TYPE_F16, false);
         test_states(model.get(), GGML_TYPE_F16, true);
         test_refusals(model.get());
+        test_environment(model.get());
         test_abort(model.get());
         test_far_positions(model.get());
     }
     test_kinds_of_rope(path);
+    test_keys_changed_after_rope(path);
     std::filesystem::remove(path);
 
     printf("%d failed\n", n_failed);

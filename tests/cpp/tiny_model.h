@@ -12,7 +12,8 @@
 #include <vector>
 
 struct tiny_model_params {
-    std::string arch = "llama"; // or "qwen3": NeoX order, keys are normalised before RoPE
+    // or "qwen3": NeoX order, keys are normalised before RoPE; or "hunyuan-dense": after it
+    std::string arch = "llama";
     bool        yarn = false;
 
     uint32_t n_vocab     = 64;
@@ -77,7 +78,7 @@ inline void write_tiny_model(const std::string & path, const tiny_model_params &
         add(blk + "attn_norm.weight",   params.n_embd, 0, 0.0f);
         add(blk + "attn_q.weight",      params.n_embd, params.n_embd, 2.0f); // sharp attention: a wrong position shows
         add(blk + "attn_k.weight",      params.n_embd, n_embd_kv, 2.0f);
-        if (params.arch == "qwen3") {
+        if (params.arch != "llama") {
             add(blk + "attn_q_norm.weight", n_embd_head, 0, 0.0f);
             add(blk + "attn_k_norm.weight", n_embd_head, 0, 0.0f);
         }

@@ -1,0 +1,12 @@
+// The parameters of LM-Infinite in environment variables, for programs that know llama.h only. Called by lminf.cpp.
+
+#pragma once
+
+#include "lminf.h"
+
+#include <optional>
+
+// LMINF_N_SINK, LMINF_N_WINDOW, LMINF_N_CLAMP, LMINF_N_BLOCK, LMINF_N_ROLLBACK and LMINF_N_REBASE: whole numbers that mean what they
+// mean in lminf_params; LMINF_SINK_ORDER: "clamped" or "kept". A variable that is empty counts as not set, and one that is not set
+// leaves the default. Nothing if none is set. Throws, and says what it is, if a value cannot be read.
+std::optional<lminf_params> lminf_params_from_env();
