@@ -43,15 +43,22 @@ static void check_options(const context_options & options) {
     }
 }
 
-static void throw_init_error(bool with_lminf, const log_scope & scope) {
+void raise_last_error() {
     const std::string reason = lminf_last_error();
-    switch (with_lminf ? lminf_last_status() : LMINF_STATUS_OK) {
+    switch (lminf_last_status()) {
         case LMINF_STATUS_CONFIG: throw error(error_type::config, reason);
         case LMINF_STATUS_UNSUPPORTED: throw error(error_type::unsupported_model, reason);
-        case LMINF_STATUS_CONTEXT: throw error(error_type::context, scope.explain(reason));
+        case LMINF_STATUS_CONTEXT:
         case LMINF_STATUS_OK: break;
     }
-    throw error(error_type::context, scope.explain("llama.cpp could not make the context"));
+}
+
+// A plain context is plain whatever the environment says.
+static llama_context * init_plain(llama_model * model, const llama_context_params & params) {
+    lminf_use_params(nullptr);
+    llama_context * ctx = llama_init_from_model(model, params);
+    lminf_use_environment();
+    return ctx;
 }
 
 Context::Context(std::shared_ptr<Model> model, const context_options & options) :
@@ -65,10 +72,11 @@ Context::Context(std::shared_ptr<Model> model, const context_options & options) 
     {
         const py::gil_scoped_release released;
         ptr.reset(options.lminf ? lminf_init_from_model(llama, params, *options.lminf)
-                                : llama_init_from_model(llama, params));
+                                : init_plain(llama, params));
     }
     if (!ptr) {
-        throw_init_error(options.lminf.has_value(), scope);
+        raise_last_error();
+        throw error(error_type::context, scope.explain("llama.cpp could not make the context"));
     }
     if (!llama_get_memory(ptr.get())) {
         throw error(

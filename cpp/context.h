@@ -31,6 +31,9 @@ struct context_deleter {
     void operator()(llama_context * ctx) const { llama_free(ctx); }
 };
 
+// Throws what the last lminf.h function on this thread said about parameters or model, if anything.
+void raise_last_error();
+
 class Context {
 public:
     Context(std::shared_ptr<Model> model, const context_options & options);

@@ -129,6 +129,10 @@ static lminf_stats stats(Context & context, llama_seq_id seq_id) {
     return result;
 }
 
+static void use_params(std::optional<lminf_params> params) {
+    lminf_use_params(params ? &*params : nullptr);
+}
+
 static std::optional<lminf_params> resolved_params(Context & context) {
     const Context::use held(context, 0);
 
@@ -217,6 +221,10 @@ void register_context(py::module_ & m) {
     register_params(m);
     register_stats(m);
 
+    m.def("use_params", &use_params, py::arg("params").none(true),
+        "What llama_init_from_model() gives on this thread: with None plain contexts.");
+    m.def("use_environment", &lminf_use_environment, "The environment variables decide that again.");
+    m.def("raise_last_error", &raise_last_error, "Raises what was wrong with parameters or model, if anything was.");
     m.def("cache_types", [] {
         std::vector<std::string> names;
         for (const auto & [name, type] : cache_types()) {
