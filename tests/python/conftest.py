@@ -13,6 +13,7 @@ import pytest
 from hypothesis import settings
 
 from dequantize import write_f32_model
+from llama_cpp_python import LlamaCppPython
 from reference import FULL_ATTENTION, Attention
 from tiny_models import HEAD_32, HEAD_64, TIED, TinyModel, TinyShape, write_tiny_model
 
@@ -77,6 +78,12 @@ def open_llama() -> OpenLlama:
         )
 
     return open_model
+
+
+@pytest.fixture(scope="session")
+def llama_cpp_python(tmp_path_factory: pytest.TempPathFactory) -> LlamaCppPython:
+    """The pinned llama-cpp-python in a virtual environment of its own."""
+    return LlamaCppPython.install(tmp_path_factory.mktemp("llama-cpp-python"))
 
 
 @pytest.fixture(scope="session")

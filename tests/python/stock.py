@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +16,10 @@ import numpy.typing as npt
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run(*command: str | Path) -> None:
+def run(*command: str | Path, environment: Mapping[str, str] | None = None) -> None:
     """Runs a command in the checkout's root; its whole output is in the error when it fails."""
-    result = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    variables = {**os.environ, **(environment or {})}
+    result = subprocess.run(command, cwd=ROOT, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     if result.returncode != 0:
         output = result.stdout.decode(errors="replace")[-8000:]
         raise RuntimeError(f"{shlex.join(map(str, command))} failed:\n{output}")
