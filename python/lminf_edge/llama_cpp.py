@@ -27,6 +27,9 @@ LLAMA_CPP_PYTHON_VERSION = "0.3.36"
 N_POSITIONS = 2**31 - 1
 """Tokens of one sequence that llama.h can count."""
 
+_N_REMEMBERED = 64
+"""Texts of fewer tokens are not worth remembering."""
+
 _Array: TypeAlias = npt.NDArray[Any]
 
 if importlib.util.find_spec("llama_cpp") is None:
@@ -81,6 +84,7 @@ class EndlessLlama(llama_cpp.Llama):  # type: ignore[misc]
         if lminf is not None and not isinstance(lminf, LMInfConfig):
             raise ConfigError(f"lminf = {lminf!r}: must be an LMInfConfig or None")
         self.lminf = LMInfConfig() if lminf is None else lminf
+        self._decoded: dict[bool, tuple[list[int], bytes]] = {}
         _core.use_params(to_params(self.lminf, 0))
         try:
             super().__init__(model_path, **options)
@@ -105,6 +109,28 @@ class EndlessLlama(llama_cpp.Llama):  # type: ignore[misc]
         if self._logits_all:
             self.scores: _Array = _with_room(self.scores, n_tokens)
         super().eval(tokens)
+
+    def detokenize(self, tokens: list[int], prev_tokens: list[int] | None = None, special: bool = False) -> bytes:
+        """The text of some tokens.
+
+        A completion asks for the whole text of its answer after each token. What such a text begins with is kept from
+        the time before, so that this does not get slower with each token.
+
+        Args:
+            tokens: Token ids.
+            prev_tokens: Those before; only tokenizers other than llama.cpp's look at them.
+            special: Spell special tokens out instead of leaving them away.
+        """
+        known, text = self._decoded.get(special, ([], b""))
+        if len(tokens) < _N_REMEMBERED or type(self.tokenizer_) is not llama_cpp.LlamaTokenizer:
+            return bytes(super().detokenize(tokens, prev_tokens, special))
+        if text and tokens[: len(known)] == known:
+            piece = super().detokenize
+            text += b"".join(piece([token], special=special) for token in tokens[len(known) :])
+        else:
+            text = bytes(super().detokenize(tokens, prev_tokens, special))
+        self._decoded[special] = (tokens.copy(), text)
+        return text
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "lminf": self.lminf}
