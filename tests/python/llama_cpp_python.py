@@ -1,4 +1,9 @@
-"""llama-cpp-python as its users have it: installed without compiling, run as a program, with its own tests."""
+"""llama-cpp-python as its users have it: installed without compiling, run as a program, with its own tests.
+
+As a program it prints the results of these tests on the stock library, on ours, and on ours with LM-Infinite:
+
+    PYTHONPATH=cmake python tests/python/llama_cpp_python.py
+"""
 
 from __future__ import annotations
 
@@ -8,13 +13,14 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
+import tempfile
 import xml.etree.ElementTree as ElementTree
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from get_llama_cpp import LOCK_PATH, Lock, obtain_sdist
-from stock import ROOT, run
+from stock import ROOT, run, stock_program
 
 TIMEOUT = 300
 """Seconds after which a program that never ends is a failure."""
@@ -142,3 +148,33 @@ def _environment(libraries: Path | None, further: dict[str, str] | None) -> dict
 def _outcome(case: ElementTree.Element) -> str:
     kinds = {child.tag for child in case}
     return "failed" if kinds & {"failure", "error"} else "skipped" if "skipped" in kinds else "passed"
+
+
+def main() -> None:
+    """Prints the results as tables in Markdown."""
+    from lminf_edge import lib_path, models
+
+    model = models.default_model_path()
+    columns: dict[str, tuple[Path, dict[str, str]]] = {
+        "stock": (stock_program().parents[2] / "bin", {}),
+        "ours": (lib_path(), {}),
+        "ours, `LMINF_N_WINDOW=1024`": (lib_path(), {"LMINF_N_WINDOW": "1024"}),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        installed = LlamaCppPython.install(Path(folder, "environment"))
+        results = {
+            name: installed.own_tests(Path(folder, str(i)), libraries, model, environment)
+            for i, (name, (libraries, environment)) in enumerate(columns.items())
+        }
+    print(f"| | {' | '.join(results)} |\n| --- |{' --- |' * len(results)}")
+    for outcome in ("passed", "failed", "skipped"):
+        counts = [str(list(result.values()).count(outcome)) for result in results.values()]
+        print(f"| {outcome} | {' | '.join(counts)} |")
+    for test in results["stock"]:
+        outcomes = [result[test] for result in results.values()]
+        if "failed" in outcomes:
+            print(f"| `{test}` | {' | '.join(outcomes)} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -126,6 +126,43 @@ def test_what_it_inherits_works_past_n_ctx(
     assert np.abs(np.array(logits) - expected).max() <= 1e-4
 
 
+DETOKENIZED = """
+import llama_cpp
+llm = open_model(n_ctx=128)
+tokens, decoded = arguments["tokens"], []
+decode = llm._model.detokenize
+llm._model.detokenize = lambda tokens, special: decoded.append(len(tokens)) or decode(tokens, special=special)
+for n in range(1, len(tokens) + 1):
+    llm.detokenize(tokens[:n])
+n_decoded = sum(decoded)
+steps = [tokens[:n] for n in range(1, len(tokens) + 1)]
+steps += [tokens[:100], tokens[5:200], tokens[:150] + tokens, list(reversed(tokens)), tokens]
+same = [
+    llm.detokenize(step, special=special) == llama_cpp.Llama.detokenize(llm, step, special=special)
+    for special in (False, True) for step in steps
+]
+print(json.dumps([same, n_decoded]))
+"""
+
+
+def test_texts_are_those_of_the_base_class_however_they_grow(
+    llama_cpp_python: LlamaCppPython, head_32: TinyModel
+) -> None:
+    begin_of_text, space_t = 1, 259  # the tiny models' tokens <|im_start|> and " t"
+    tokens = [
+        begin_of_text,
+        space_t,
+        *random_tokens(200, seed=26),
+        begin_of_text,
+        space_t,
+        2,
+        *random_tokens(50, seed=27),
+    ]
+    same, n_decoded = run_endless(llama_cpp_python, DETOKENIZED, head_32, tokens=tokens).value
+    assert same == [True] * 2 * (len(tokens) + 5)
+    assert n_decoded == 64 * 65 // 2 + len(tokens) - 64  # from the 65th on, each token once
+
+
 REFUSED = """
 results = []
 for lminf, options in arguments["cases"]:
