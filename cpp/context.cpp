@@ -167,6 +167,48 @@ void Context::use::decode(
     }
 }
 
+void Context::use::decode_batch(const llama_token * tokens, const llama_seq_id * seq_ids, size_t n_tokens) {
+    if (n_tokens < 1 || n_tokens > llama_n_batch(ctx())) {
+        throw error(error_type::config,
+            std::to_string(n_tokens) + " tokens: decode from 1 to " + std::to_string(llama_n_batch(ctx())) +
+                " at once");
+    }
+    context.model->check_tokens(tokens, n_tokens);
+    for (size_t i = 0; i < n_tokens; i++) {
+        context.check_seq_id(seq_ids[i]);
+    }
+
+    const std::unique_ptr<llama_batch, void (*)(llama_batch *)> batch(
+        new llama_batch(llama_batch_init(static_cast<int32_t>(n_tokens), 0, 1)), [](llama_batch * self) {
+            llama_batch_free(*self);
+            delete self;
+        });
+    std::vector<llama_pos> next(llama_n_seq_max(ctx()), -1);
+    for (size_t i = 0; i < n_tokens; i++) {
+        llama_pos & pos = next[seq_ids[i]];
+        if (pos < 0) {
+            pos = llama_memory_seq_pos_max(llama_get_memory(ctx()), seq_ids[i]) + 1;
+        }
+        batch->token[i]     = tokens[i];
+        batch->pos[i]       = pos++;
+        batch->n_seq_id[i]  = 1;
+        batch->seq_id[i][0] = seq_ids[i];
+        batch->logits[i]    = 1;
+    }
+    batch->n_tokens = static_cast<int32_t>(n_tokens);
+
+    const log_scope scope(context.model->verbose);
+
+    forget_logits();
+    context.interrupt.restart(nullptr);
+    const int32_t status = llama_decode(ctx(), *batch);
+    context.interrupt.rethrow();
+    if (status != 0) {
+        throw_decode_error(status, scope.explain("llama.cpp could not decode (" + std::to_string(status) + ")"));
+    }
+    llama_synchronize(ctx());
+}
+
 void Context::use::truncate(int64_t n_past) {
     const int64_t n_now = lminf_n_past(ctx(), seq_id);
     if (n_past < 0 || n_past > n_now) {

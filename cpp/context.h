@@ -82,6 +82,9 @@ public:
     void decode(
         const llama_token * tokens, size_t n_tokens, bool all_logits, const pybind11::object * callers_check = nullptr);
 
+    // Appends tokens to the sequences that they belong to, in one llama_decode(), and computes the logits of all.
+    void decode_batch(const llama_token * tokens, const llama_seq_id * seq_ids, size_t n_tokens);
+
     // Logits of the last token of this sequence, [n_vocab]. Throws error_type::state if they are not there.
     const float * last_logits() const;
 

@@ -83,6 +83,27 @@ static void eval(Context & context, const token_array & tokens, float_array & ou
     std::memcpy(dst, llama_get_logits(held.ctx()), out.nbytes());
 }
 
+static void eval_batch(Context & context, const token_array & tokens, const token_array & seq_ids, float_array & out) {
+    if (seq_ids.size() != tokens.size()) {
+        throw error(error_type::config, "tokens and seq_ids must have the same size");
+    }
+    const int32_t n_vocab = context.model->n_vocab();
+    if (out.ndim() != 2 || out.shape(0) != tokens.size() || out.shape(1) != n_vocab) {
+        throw error(error_type::config, "out must have the shape [n_tokens, n_vocab]");
+    }
+    float *           dst   = out.mutable_data();
+    const py::ssize_t n     = tokens.size();
+    const auto *      token = tokens.data();
+    const auto *      ids   = seq_ids.data();
+
+    Context::use held(context, 0);
+    held.decode_batch(token, ids, static_cast<size_t>(n));
+    for (py::ssize_t i = 0; i < n; i++) {
+        const float * logits = llama_get_logits_ith(held.ctx(), static_cast<int32_t>(i));
+        std::copy(logits, logits + n_vocab, dst + i * n_vocab);
+    }
+}
+
 static void score(Context & context, const token_array & tokens, const token_array & targets, float_array & out,
     llama_seq_id seq_id) {
     if (targets.size() > tokens.size() || out.size() != targets.size()) {
@@ -119,6 +140,17 @@ static bool seq_rm(Context & context, llama_seq_id seq_id, llama_pos p0, llama_p
     Context::use held(context, seq_id);
     held.forget_logits();
     return llama_memory_seq_rm(llama_get_memory(held.ctx()), seq_id, p0, p1);
+}
+
+static void seq_cp(Context & context, llama_seq_id source, llama_seq_id target, llama_pos p0, llama_pos p1) {
+    const Context::use check_target(context, target);
+    llama_memory_seq_cp(llama_get_memory(check_target.ctx()), source, target, p0, p1);
+}
+
+static void seq_keep(Context & context, llama_seq_id seq_id) {
+    Context::use held(context, seq_id);
+    held.forget_logits();
+    llama_memory_seq_keep(llama_get_memory(held.ctx()), seq_id);
 }
 
 static lminf_stats stats(Context & context, llama_seq_id seq_id) {
@@ -257,6 +289,10 @@ void register_context(py::module_ & m) {
         .def("score", &score, tokens, py::arg("targets").noconvert(), out, seq_id)
         .def("last_logits", &last_logits, seq_id)
         .def("clear", &clear)
+        .def("eval_batch", &eval_batch, tokens, py::arg("seq_ids"), py::arg("out"),
+            "Appends tokens to the sequences that they belong to, at once; writes logits [n_tokens, n_vocab].")
+        .def("seq_cp", &seq_cp, py::arg("source"), py::arg("target"), py::arg("p0") = -1, py::arg("p1") = -1)
+        .def("seq_keep", &seq_keep, seq_id)
         .def("seq_rm", &seq_rm, py::arg("seq_id"), py::arg("p0") = -1, py::arg("p1") = -1)
         .def("test_set_position", &test_set_position, py::arg("pos"), seq_id)
         .def("test_get_key", &test_get_key, py::arg("il"), py::arg("pos"), seq_id)

@@ -12,13 +12,13 @@ import gguf
 import numpy as np
 import pytest
 
-import tiny_models
 from conftest import OpenLlama
 from llama_cpp_python import Finished, LlamaCppPython, extract
 from lminf_edge import Llama, LMInfConfig, lib_path
 from reference import Attention
 from stock import stock_program
-from tiny_models import HEAD_32, TinyModel, TinyShape, random_tokens, write_tiny_model
+from tiny_models import TinyModel, TinyShape, random_tokens, write_tiny_model
+from tiny_tensors import Tensors
 
 WINDOW = {"LMINF_N_WINDOW": "96", "LMINF_N_BLOCK": "16"}
 ATTENTION = Attention(n_sink=4, n_window=96, n_clamp=96, n_block=16)
@@ -199,20 +199,12 @@ print(json.dumps([api.llama_n_ctx(context), rows(api.llama_get_logits_ith, n_voc
 
 
 def test_long_and_short_rope_factors_are_chosen_by_the_distances_not_by_n_ctx(
-    run_program: Programs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run_program: Programs, tmp_path: Path
 ) -> None:
-    add_hyperparameters = tiny_models._add_hyperparameters
-
-    def add_factors(writer: gguf.GGUFWriter, shape: TinyShape, weight_type: str) -> None:
-        add_hyperparameters(writer, shape, weight_type)
-        writer.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE)
-        writer.add_rope_scaling_orig_ctx_len(128)
-        for name, factor in (("short", 1.0), ("long", 4.0)):
-            factors = np.full(shape.head_size // 2, factor, np.float32)
-            writer.add_tensor(f"rope_factors_{name}.weight", factors)
-
-    monkeypatch.setattr(tiny_models, "_add_hyperparameters", add_factors)
-    model = str(write_tiny_model(tmp_path / "factors.gguf", HEAD_32, seed=1).path)
+    factors = (("rope_factors_short", (1.0,) * 16), ("rope_factors_long", (4.0,) * 16))
+    scaling = {"rope.scaling.type": "longrope", "rope.scaling.original_context_length": 128}
+    shape = TinyShape(tensors=Tensors(rope_factors=factors), metadata=scaling)
+    model = str(write_tiny_model(tmp_path / "factors.gguf", shape, seed=1).path)
 
     def logits(environment: dict[str, str], n_ctx: int) -> np.ndarray[Any, Any]:
         value = run_program(FACTORS, environment, model=model, tokens=random_tokens(64, seed=15), n_ctx=n_ctx).value
