@@ -13,7 +13,7 @@ from lminf_edge import Llama, LMInfConfig
 from lminf_edge.evaluation.streams import BucketedStream, read_stream
 from tables import markdown_table, open_model_path, text_tokens
 
-NO_CLAMP = 2**30
+NO_CLAMP = 2**28
 
 
 def main() -> None:

@@ -358,5 +358,16 @@ REFUSED = {
 }
 """Kinds that are refused, as far as they are put together like the others: learned positions, diffusion."""
 
+KINDS = {
+    "partial rotary": PARTIAL_ROTARY,
+    "some layers without RoPE": SOME_WITHOUT_ROPE,
+    "RoPE scaling": ROPE_SCALING,
+    "sliding + full layers": SLIDING_AND_FULL,
+    "ALiBi": ALIBI,
+    "M-RoPE, text": M_ROPE,
+    "latent attention (MLA)": LATENT,
+    "recurrent + attention": HYBRID,
+}
+
 FAMILIES = PARTIAL_ROTARY | SOME_WITHOUT_ROPE | ROPE_SCALING | SLIDING_AND_FULL | ALIBI | M_ROPE | LATENT | HYBRID
-"""All kinds that are to be supported."""
+"""All kinds that are supported."""
