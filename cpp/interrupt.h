@@ -50,6 +50,7 @@ public:
 
     // After the work, with or without the GIL: raises what was remembered.
     void rethrow() {
+        check = nullptr;
         if (raised) {
             auto err = std::move(*raised);
             raised.reset();

@@ -169,10 +169,7 @@ def check_messages(messages: object) -> list[Message]:
         raise TypeError(f"messages must be a list of dictionaries, not {type(messages).__name__}")
     if not messages:
         raise ConfigError("messages is empty: at least one message is needed")
-    try:
-        return [_check_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
-    except RecursionError as error:
-        raise ConfigError("messages: nested too deeply") from error
+    return [_check_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
 
 
 def check_tools(tools: object) -> list[object] | None:
@@ -219,6 +216,13 @@ def _content(content: object, name: str) -> str | None:
 
 def _plain(value: object, name: str) -> Any:
     """A copy that consists of nothing but JSON's types."""
+    try:
+        return _plain_part(value, name)
+    except RecursionError as error:
+        raise ConfigError(f"{name}: nested too deeply") from error
+
+
+def _plain_part(value: object, name: str) -> Any:
     if value is None or type(value) in (int, float, bool):
         return value
     if isinstance(value, str):
@@ -228,9 +232,9 @@ def _plain(value: object, name: str) -> Any:
         for key in value:
             if not isinstance(key, str):
                 raise TypeError(f"{name}: the key {key!r} must be a string")
-        return {str(key): _plain(item, f"{name}[{key!r}]") for key, item in value.items()}
+        return {str(key): _plain_part(item, f"{name}[{key!r}]") for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item, f"{name}[{index}]") for index, item in enumerate(value)]
+        return [_plain_part(item, f"{name}[{index}]") for index, item in enumerate(value)]
     raise TypeError(f"{name}: {type(value).__name__} is no JSON data")
 
 

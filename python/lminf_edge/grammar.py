@@ -59,8 +59,12 @@ def json_schema_grammar(schema: Mapping[str, object]) -> str:
         text = json.dumps(schema, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError(f"the JSON schema is no JSON: {error}") from error
-    for path, problem in _unsupported(json.loads(text), "#"):
-        raise ConfigError(f"JSON schema, {path}: {problem} is not supported")
+    try:
+        first = next(_unsupported(json.loads(text), "#"), None)
+    except RecursionError as error:
+        raise ConfigError("the JSON schema is nested too deeply") from error
+    if first is not None:
+        raise ConfigError(f"JSON schema, {first[0]}: {first[1]} is not supported")
     try:
         return _core.json_schema_to_grammar(text)
     except ConfigError as error:

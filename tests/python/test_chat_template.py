@@ -263,6 +263,8 @@ def test_messages_within_themselves_are_refused() -> None:
     message["self"] = message
     with pytest.raises(ConfigError, match="nested"):
         check_messages([message])
+    with pytest.raises(ConfigError, match="nested"):
+        check_tools([message])
 
 
 def test_text_parts_are_joined_and_other_entries_kept() -> None:

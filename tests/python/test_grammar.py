@@ -193,5 +193,14 @@ def test_a_schema_that_cannot_be_enforced_is_refused(schema: Any, words: str) ->
         json_schema_grammar(schema)
 
 
+@pytest.mark.parametrize("depth", [300, 600, 900, 5000])
+def test_a_deep_schema_is_converted_or_refused(depth: int) -> None:
+    schema: dict[str, Any] = {"type": "integer"}
+    for _ in range(depth):
+        schema = {"type": "array", "items": schema}
+    with contextlib.suppress(ConfigError):
+        assert "root ::=" in json_schema_grammar(schema)
+
+
 def test_a_property_may_have_the_name_of_a_keyword() -> None:
     assert '"\\"not\\""' in json_schema_grammar({"properties": {"not": {"type": "integer"}}})
