@@ -6,9 +6,10 @@ A template comes with a model file from anywhere, so it is a program by a strang
 
 from __future__ import annotations
 
+import functools
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from typing import Any, NoReturn, Protocol
 
@@ -183,9 +184,15 @@ class _Environment(ImmutableSandboxedEnvironment):
         extensions = ["jinja2.ext.loopcontrols", _Generation, _Limits]
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
         self.limits: _Limits = self.extensions[_Limits.identifier]  # type: ignore[assignment]
+        for name in ("center", "indent"):
+            self.filters[name] = _with_small_numbers(self.filters[name])
         self.filters["tojson"] = _to_json
         self.globals["raise_exception"] = _raise_exception
         self.globals["strftime_now"] = _strftime_now
+
+    def call(self, context: Any, function: Any, *arguments: Any, **options: Any) -> Any:
+        _check_small(arguments)  # widths, for one
+        return super().call(context, function, *arguments, **options)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         """Refuses what could make numbers or texts of any size."""
@@ -229,6 +236,20 @@ def _with_limits(environment: _Environment, template: nodes.Template) -> nodes.T
     return template
 
 
+def _check_small(arguments: Iterable[object]) -> None:
+    if any(isinstance(value, int) and value > N_REPEATED_MAX for value in arguments):
+        raise SecurityError("a number is too large")
+
+
+def _with_small_numbers(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def checked(*arguments: Any, **options: Any) -> Any:
+        _check_small((*arguments, *options.values()))
+        return function(*arguments, **options)
+
+    return checked
+
+
 def _raise_exception(message: object) -> NoReturn:
     raise RefusedError(str(message))
 
@@ -239,8 +260,7 @@ def _strftime_now(format: str) -> str:
 
 def _to_json(value: object, indent: int | None = None, ensure_ascii: bool = False, **options: Any) -> str:
     """Like Hugging Face's: Jinja's own filter would replace < and > for use in a web page."""
-    if isinstance(indent, int) and indent > 16:
-        raise SecurityError("an indentation is too wide")
+    _check_small((indent,))
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
 
 

@@ -59,6 +59,7 @@ def test_the_default_model_s_template_writes_what_the_model_was_trained_on(defau
         ("{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}", "4"),
         ("{% macro f(x) %}[{{ x ~ '!' ~ 1 }}]{% endmacro %}{{ f('a') }}", "[a!1]"),
         ("{{ tools is none }}{{ documents is defined }}", "TrueFalse"),
+        ("{{ 'a\nb'|indent(2) }}{{ 'a'|center(3) }}", "a\n  b a "),
         ("{% generation %}{{ messages[2].content }}{% endgeneration %}!", "Yes.!"),
         ("{{ strftime_now('%Y') }}", str(datetime.now().year)),
         ("{{ '-' * 3 }}{{ messages[0].content.split()[1] }}{{ range(3)|list }}", "---brief.[0, 1, 2]"),
@@ -146,6 +147,9 @@ ENDLESS = {
     "doubling by ~": "{% set n = namespace(x='aa') %}{% for i in range(99) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
     "squares": "{% set n = namespace(x=3) %}{% for i in range(99) %}{% set n.x = n.x * n.x %}{% endfor %}",
     "format": "{{ '%1000000000d' % 1 }}",
+    "width": "{{ 'a'.ljust(1000000000)|length }}",
+    "width of a filter": "{{ 'a'|center(width=1000000000)|length }}",
+    "indentation": "{{ messages|tojson(indent=1000000000)|length }}",
 }
 
 
