@@ -29,11 +29,14 @@ Tiny models with random weights, one or more of each kind, against a float64 ref
 stream of 20 windows with {SEMANTICS}, written by `python tests/python/kinds.py`;
 `tests/python/test_families.py` holds the bounds, also for other semantics, sequences, rebases and far positions.
 
-- *largest difference*: of any logit to the reference's, F32 weights and cache, in pieces and micro-batches of 7 (limit 1e-3);
+- *largest difference*: of any logit to the reference's, F32 weights and cache, in pieces and micro-batches of 7
+  (limit 1e-3);
 - *batches*: largest difference between micro-batches of 1 and of 64;
-- *removed tail*: the last {N_ROLLBACK} tokens are taken back and others follow: largest difference to never having had them;
-- *cache types*: median over the tokens of the logits' root mean square error, as a multiple of plain llama.cpp's on short
-  texts with the same cache type and flash attention. Mixtures of experts are sent elsewhere by rounding and vary more.
+- *removed tail*: the last {N_ROLLBACK} tokens are taken back and others follow: largest difference to never having
+  had them;
+- *cache types*: median over the tokens of the logits' root mean square error, as a multiple of plain llama.cpp's on
+  short texts with the same cache type and flash attention. Mixtures of experts are sent elsewhere by rounding and
+  vary more.
 
 """
 

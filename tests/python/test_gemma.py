@@ -42,7 +42,8 @@ def test_a_stream_of_many_windows(gemma: Path, tokens: list[int], plain: np.ndar
     with Llama(gemma, lminf=config, n_ubatch=256, cache_type_k=cache_type, cache_type_v=cache_type) as llm:
         logprobs = llm.logprobs(tokens)
         stats = llm.memory_stats()
-        story = [step.token for step in llm.generate(llm.tokenize("\n\nOnce upon a time", add_bos=False), max_tokens=20)]
+        prompt = llm.tokenize("\n\nOnce upon a time", add_bos=False)
+        story = [step.token for step in llm.generate(prompt, max_tokens=20)]
     assert stats.n_past == len(tokens)
     assert stats.n_evicted > 1000
     # what is lost is what a shorter memory costs

@@ -202,7 +202,7 @@ def test_long_and_short_rope_factors_are_chosen_by_the_distances_not_by_n_ctx(
     run_program: Programs, tmp_path: Path
 ) -> None:
     factors = (("rope_factors_short", (1.0,) * 16), ("rope_factors_long", (4.0,) * 16))
-    scaling = {"rope.scaling.type": "longrope", "rope.scaling.original_context_length": 128}
+    scaling: dict[str, str | int] = {"rope.scaling.type": "longrope", "rope.scaling.original_context_length": 128}
     shape = TinyShape(tensors=Tensors(rope_factors=factors), metadata=scaling)
     model = str(write_tiny_model(tmp_path / "factors.gguf", shape, seed=1).path)
 
