@@ -174,8 +174,11 @@ void lminf_kv_cache::set_position(llama_seq_id seq_id, int64_t pos) {
 
 std::map<ggml_backend_buffer_type_t, size_t> lminf_kv_cache::memory_breakdown() const {
     auto res = llama_kv_cache::memory_breakdown();
-    for (const auto & [_, buf] : sink_bufs) {
-        res[ggml_backend_buffer_get_type(buf.get())] += ggml_backend_buffer_get_size(buf.get());
+    for (const auto & [ctx, buf] : sink_bufs) {
+        ggml_backend_buffer_type_t buft = ggml_backend_buffer_get_type(buf.get());
+
+        res[buft] += hparams.no_alloc ? ggml_backend_alloc_ctx_tensors_from_buft_size(ctx.get(), buft)
+                                      : ggml_backend_buffer_get_size(buf.get());
     }
     return res;
 }

@@ -106,6 +106,15 @@ void lminf_kv_cache::alloc_sink_originals() {
             k_rot[i] = rot;
         }
 
+        if (hparams.no_alloc) { // nothing will be computed; see memory_breakdown()
+            ggml_backend_buffer_ptr none { ggml_backend_buft_alloc_buffer(buft, 0) };
+            for (ggml_tensor * t = ggml_get_first_tensor(ctx.get()); t; t = ggml_get_next_tensor(ctx.get(), t)) {
+                t->buffer = none.get();
+            }
+            sink_bufs.emplace_back(std::move(ctx), std::move(none));
+            continue;
+        }
+
         ggml_backend_buffer_ptr buf { ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), buft) };
         if (!buf) {
             throw std::runtime_error("failed to allocate the sink tokens' originals");

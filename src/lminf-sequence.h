@@ -35,8 +35,8 @@ public:
     // The next n tokens (at most n_ubatch) are stored: evicts what they do not need, returns their cells.
     std::vector<uint32_t> append(int64_t n);
 
-    // The removals that are exact: the tail, as far back as everything that the next queries see is still stored; the oldest
-    // part of the window behind the pinned tokens. Empty ranges are allowed too. Positions are logical, [j0, j1).
+    // The removals that are exact: the tail, as far back as everything that the next queries see is still stored (or was
+    // forgotten on purpose); the oldest part of the window behind the pinned tokens. Empty ranges are allowed too. Positions are logical, [j0, j1).
     bool can_remove(int64_t j0, int64_t j1) const;
     void remove    (int64_t j0, int64_t j1); // after can_remove()
 
