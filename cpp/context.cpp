@@ -230,8 +230,76 @@ void Context::use::truncate(int64_t n_past) {
     forget_logits();
 }
 
+void Context::use::forget(int64_t end) {
+    lminf_params params{};
+    if (!lminf_get_params(ctx(), &params)) {
+        throw error(error_type::state, "only LM-Infinite forgets a part of its window");
+    }
+    const log_scope scope(context.model->verbose);
+    llama_memory_t  memory = llama_get_memory(ctx());
+    // llama_pos is counted from somewhere behind the sink tokens in a very long sequence
+    const int64_t origin = lminf_n_past(ctx(), seq_id) - (llama_memory_seq_pos_max(memory, seq_id) + 1);
+    const int64_t begin  = origin > 0 ? 1 : params.n_sink;
+    if (end >= lminf_n_past(ctx(), seq_id) ||
+        !llama_memory_seq_rm(memory, seq_id, static_cast<llama_pos>(begin), static_cast<llama_pos>(end - origin))) {
+        throw error(
+            error_type::state, "tokens up to position " + std::to_string(end) + " cannot be forgotten: only the " +
+                "oldest part of the window can, without the last token");
+    }
+}
+
+size_t Context::use::state_size() const {
+    const log_scope scope(context.model->verbose);
+    const size_t    size = llama_state_seq_get_size(ctx(), seq_id);
+    if (size == 0) {
+        throw error(error_type::state, scope.explain("llama.cpp cannot save this sequence"));
+    }
+    return size;
+}
+
+void Context::use::get_state(uint8_t * dst, size_t size) const {
+    const log_scope scope(context.model->verbose);
+    if (llama_state_seq_get_data(ctx(), dst, size, seq_id) != size) {
+        throw error(error_type::state, scope.explain("llama.cpp could not save this sequence"));
+    }
+}
+
+bool Context::use::try_set_state(const uint8_t * src, size_t size) {
+    // the state of an empty sequence would leave what there is
+    llama_memory_seq_rm(llama_get_memory(ctx()), seq_id, -1, -1);
+    return llama_state_seq_set_data(ctx(), src, size, seq_id) == size;
+}
+
+void Context::use::set_state(const uint8_t * src, size_t size) {
+    std::vector<uint8_t> before;
+    if (lminf_n_past(ctx(), seq_id) > 0) {
+        before.resize(state_size());
+        get_state(before.data(), before.size());
+    }
+    const log_scope scope(context.model->verbose);
+    if (try_set_state(src, size)) {
+        forget_logits();
+        return;
+    }
+    const std::string reason = scope.explain("the state does not fit");
+    if (before.empty()) {
+        llama_memory_seq_rm(llama_get_memory(ctx()), seq_id, -1, -1);
+    } else {
+        try_set_state(before.data(), before.size());
+    }
+    throw error(error_type::state, reason);
+}
+
+void Context::use::set_last_logits(const float * logits) {
+    context.restored_logits.assign(logits, logits + context.model->n_vocab());
+    context.logits_of = seq_id;
+}
+
 const float * Context::use::last_logits() const {
-    const float * logits = context.logits_of == seq_id ? llama_get_logits_ith(ctx(), -1) : nullptr;
+    const float * logits = nullptr;
+    if (context.logits_of == seq_id) {
+        logits = context.restored_logits.empty() ? llama_get_logits_ith(ctx(), -1) : context.restored_logits.data();
+    }
     if (!logits) {
         throw error(error_type::state, "no logits: evaluate a token first");
     }

@@ -10,6 +10,7 @@
 #include <mutex>
 #include <optional>
 #include <thread>
+#include <vector>
 
 namespace lminf_python {
 
@@ -61,6 +62,7 @@ private:
     std::atomic<std::thread::id>                    owner{};
     std::atomic<bool>                               closed{false};
     std::optional<llama_seq_id> logits_of; // the sequence that the logits belong to, if there are any
+    std::vector<float>          restored_logits; // they came with a state; empty: llama.cpp has them
     interrupt_check             interrupt;
 };
 
@@ -85,6 +87,20 @@ public:
     // Appends tokens to the sequences that they belong to, in one llama_decode(), and computes the logits of all.
     void decode_batch(const llama_token * tokens, const llama_seq_id * seq_ids, size_t n_tokens);
 
+    // The oldest part of the window is forgotten: everything behind the sink tokens and before position `end`, which is
+    // at most the last token's. Throws error_type::state if that is not possible exactly.
+    void forget(int64_t end);
+
+    // All that the sequence needs to go on bit for bit, but for its last logits.
+    size_t state_size() const;
+    void   get_state(uint8_t * dst, size_t size) const;
+
+    // Throws error_type::state with llama.cpp's reason; the sequence is as it was before then.
+    void set_state(const uint8_t * src, size_t size);
+
+    // Logits that a state was saved with, [n_vocab]: last_logits() until something else is computed.
+    void set_last_logits(const float * logits);
+
     // Logits of the last token of this sequence, [n_vocab]. Throws error_type::state if they are not there.
     const float * last_logits() const;
 
@@ -92,9 +108,14 @@ public:
     void truncate(int64_t n_past);
 
     // After anything else than decode() changed a sequence.
-    void forget_logits() { context.logits_of.reset(); }
+    void forget_logits() {
+        context.logits_of.reset();
+        context.restored_logits.clear();
+    }
 
 private:
+    bool try_set_state(const uint8_t * src, size_t size);
+
     [[noreturn]] void throw_decode_error(int32_t status, const std::string & reason) const;
 
     Context &                                   context;

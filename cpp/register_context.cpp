@@ -7,6 +7,7 @@
 
 #include <cstring>
 #include <map>
+#include <string_view>
 
 namespace py = pybind11;
 
@@ -70,6 +71,49 @@ static void decode(
 static void truncate(Context & context, int64_t n_past, llama_seq_id seq_id) {
     Context::use held(context, seq_id);
     held.truncate(n_past);
+}
+
+static void forget(Context & context, int64_t end, llama_seq_id seq_id) {
+    Context::use held(context, seq_id);
+    held.forget(end);
+}
+
+static py::bytes get_state(Context & context, llama_seq_id seq_id) {
+    PyObject * raw = nullptr;
+    {
+        const Context::use held(context, seq_id);
+        const size_t       size = held.state_size();
+        {
+            const py::gil_scoped_acquire gil;
+            raw = PyBytes_FromStringAndSize(nullptr, static_cast<py::ssize_t>(size));
+            if (!raw) {
+                throw py::error_already_set();
+            }
+        }
+        try {
+            held.get_state(reinterpret_cast<uint8_t *>(PyBytes_AS_STRING(raw)), size);
+        } catch (...) {
+            const py::gil_scoped_acquire gil;
+            Py_DECREF(raw);
+            throw;
+        }
+    }
+    return py::reinterpret_steal<py::bytes>(raw);
+}
+
+static void set_state(
+    Context & context, const py::bytes & state, std::optional<float_array> logits, llama_seq_id seq_id) {
+    if (logits && logits->size() != context.model->n_vocab()) {
+        throw error(error_type::config, "logits must have the shape [n_vocab]");
+    }
+    const std::string_view data = state;
+    const float *          last = logits ? logits->data() : nullptr;
+
+    Context::use held(context, seq_id);
+    held.set_state(reinterpret_cast<const uint8_t *>(data.data()), data.size());
+    if (last) {
+        held.set_last_logits(last);
+    }
 }
 
 static void eval(Context & context, const token_array & tokens, float_array & out, llama_seq_id seq_id) {
@@ -257,6 +301,7 @@ void register_context(py::module_ & m) {
         "What llama_init_from_model() gives on this thread: with None plain contexts.");
     m.def("use_environment", &lminf_use_environment, "The environment variables decide that again.");
     m.def("raise_last_error", &raise_last_error, "Raises what was wrong with parameters or model, if anything was.");
+    m.def("state_version", [] { return LLAMA_STATE_SEQ_VERSION; });
     m.def("cache_types", [] {
         std::vector<std::string> names;
         for (const auto & [name, type] : cache_types()) {
@@ -285,6 +330,9 @@ void register_context(py::module_ & m) {
         .def("stats", &stats, seq_id)
         .def("decode", &decode, tokens, seq_id, py::arg("check") = py::none())
         .def("truncate", &truncate, py::arg("n_past"), seq_id)
+        .def("forget", &forget, py::arg("end"), seq_id)
+        .def("get_state", &get_state, seq_id)
+        .def("set_state", &set_state, py::arg("state"), py::arg("logits") = py::none(), seq_id)
         .def("eval", &eval, tokens, out, seq_id)
         .def("score", &score, tokens, py::arg("targets").noconvert(), out, seq_id)
         .def("last_logits", &last_logits, seq_id)

@@ -50,7 +50,7 @@ static bool on_load_progress(float fraction, void * data) {
 }
 
 static std::shared_ptr<Model> load_model(const std::string & path, int32_t n_gpu_layers, bool use_mmap, bool use_mlock,
-    bool vocab_only, bool verbose, const py::object & progress) {
+    bool vocab_only, bool no_alloc, bool verbose, const py::object & progress) {
     load_progress state;
     state.callable = progress;
 
@@ -59,6 +59,7 @@ static std::shared_ptr<Model> load_model(const std::string & path, int32_t n_gpu
     params.load_mode                   = use_mlock ? (use_mmap ? LLAMA_LOAD_MODE_MMAP_MLOCK : LLAMA_LOAD_MODE_MLOCK)
                                                    : (use_mmap ? LLAMA_LOAD_MODE_MMAP : LLAMA_LOAD_MODE_NONE);
     params.vocab_only                  = vocab_only;
+    params.no_alloc                    = no_alloc;
     params.progress_callback           = on_load_progress;
     params.progress_callback_user_data = &state;
 
@@ -205,7 +206,7 @@ void register_model(py::module_ & m) {
     py::class_<Model, std::shared_ptr<Model>>(m, "Model")
         .def(py::init(&load_model), py::arg("path"), py::kw_only(), py::arg("n_gpu_layers") = 0,
             py::arg("use_mmap") = true, py::arg("use_mlock") = false, py::arg("vocab_only") = false,
-            py::arg("verbose") = false, py::arg("progress") = py::none())
+            py::arg("no_alloc") = false, py::arg("verbose") = false, py::arg("progress") = py::none())
         .def_readonly("path", &Model::path)
         .def_property_readonly("n_vocab", &Model::n_vocab)
         .def_property_readonly("n_ctx_train", of_model(llama_model_n_ctx_train))
