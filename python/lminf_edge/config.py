@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from lminf_edge._checks import N_MAX, check_choice, check_int, check_optional_int
 from lminf_edge.errors import ConfigError
@@ -47,6 +48,39 @@ class LMInfConfig:
         check_int("n_rollback", self.n_rollback, 0)
         check_choice("sink_order", self.sink_order, ("clamped", "kept"))
         self._check_together(window, window if clamp is None else clamp)
+
+    @classmethod
+    def from_budget(
+        cls,
+        model_path: str | os.PathLike[str],
+        kv_bytes: int,
+        cache_type: str = "f16",
+        *,
+        n_ubatch: int | None = None,
+        **parameters: Any,
+    ) -> LMInfConfig:
+        """The configuration with the largest window whose cache fits a number of bytes.
+
+        The bytes are those of `MemoryStats.kv_bytes`: keys, values and sink token originals of all layers, rollback
+        slack and micro-batch included. The model itself and its compute buffers come on top.
+
+        Args:
+            model_path: A GGUF file. Its weights are not read.
+            kv_bytes: The budget.
+            cache_type: Type of cached keys and values, to be given to `Llama` as cache_type_k and cache_type_v.
+            n_ubatch: To be given to `Llama`, too. None: its default.
+            **parameters: Of this class, but for n_window. With sink_order="kept", n_clamp follows the window.
+
+        Raises:
+            TypeError: There is no such parameter.
+            ConfigError: A value is out of range, or even the smallest window does not fit.
+            ModelLoadError, UnsupportedModelError: As for `Llama`.
+        """
+        from lminf_edge.budget import with_largest_window
+
+        if "n_window" in parameters:
+            raise TypeError("from_budget() got an unexpected keyword argument 'n_window': it is what is looked for")
+        return with_largest_window(cls(**parameters), model_path, kv_bytes, cache_type, n_ubatch)
 
     def _check_together(self, window: int | None, clamp: int | None) -> None:
         if window is not None and self.n_sink + window > N_MAX:

@@ -25,6 +25,8 @@ class DrawOptions:
         n_top_logprobs: How many of the most probable tokens to look up at each step.
         check: Called between tokens, and about every 50 ms while the prompt is read; what it raises ends the drawing.
         fresh: The prompt replaces the sequence instead of being appended to it.
+        before_append: Called before a drawn token is appended, while nobody else can change the sequence.
+        turn: Of `ModelSequence.exclusive`, if the caller has begun to change the sequence.
     """
 
     max_tokens: int
@@ -32,6 +34,8 @@ class DrawOptions:
     n_top_logprobs: int = 0
     check: Callable[[], object] | None = None
     fresh: bool = False
+    before_append: Callable[[], object] | None = None
+    turn: int | None = None
 
 
 def draw_tokens(
@@ -45,7 +49,7 @@ def draw_tokens(
         sampler: How to draw.
         options: How long to draw.
     """
-    with sequence.exclusive() as turn:
+    with sequence.exclusive(options.turn) as turn:
         n_kept = sequence.keep_common_beginning(prompt) if options.fresh else 0
         sequence.append(prompt[n_kept:], options.check)
     sampler.accept(prompt)
@@ -56,11 +60,15 @@ def draw_tokens(
         if options.check is not None:
             options.check()
         with sequence.exclusive(turn):
+            begin = time.perf_counter()
             token, logprob, top = sampler.sample(sequence.context, options.n_top_logprobs)
             ended = options.stop_at_end and sequence.model.is_eog(token)
             if not ended:
                 sequence.check_room(1)
+                if options.before_append is not None:
+                    options.before_append()
                 sequence.append(np.array([token], np.int32), options.check)
+                sequence.token_times.add(time.perf_counter() - begin)
         n_drawn += 1
         final = ended or n_drawn == options.max_tokens
         piece = b"" if ended else sequence.model.token_to_piece(token, False)

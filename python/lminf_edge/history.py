@@ -40,6 +40,18 @@ class TokenHistory:
         elif self._tokens is not None:
             del self._tokens[n_past:]
 
+    def forget(self) -> None:
+        """Something in the middle was removed: what the sequence is made of is not a beginning of any prompt."""
+        self._tokens = None
+
+    def save(self) -> bytes | None:
+        """The tokens as 32-bit integers; None if the sequence is not recorded."""
+        return None if self._tokens is None else self._tokens.tobytes()
+
+    def load(self, tokens: bytes | None) -> None:
+        """Takes over what `save` returned."""
+        self._tokens = None if tokens is None else array("i", tokens)
+
     def n_common(self, tokens: TokenArray, n_past: int) -> int:
         """Length of the common beginning of some tokens and the sequence.
 

@@ -24,11 +24,13 @@ from lminf_edge.chat_template import builtin_template_names
 from lminf_edge.completion_methods import CompletionMethods
 from lminf_edge.config import LMInfConfig
 from lminf_edge.drawing import DrawOptions, draw_tokens
-from lminf_edge.errors import ConfigError, UnsupportedModelError
+from lminf_edge.errors import ConfigError, StateError, UnsupportedModelError
 from lminf_edge.gguf_file import check_gguf_file
 from lminf_edge.records import GenerationStep, MemoryStats, TextPiece
 from lminf_edge.sampling import N_SEED_MAX, SamplingOptions
+from lminf_edge.saved_state import config_settings, sequence_state, state_file
 from lminf_edge.sequence import ModelSequence
+from lminf_edge.state_file import StateFile, model_fingerprint, read_state_file, write_state_file
 from lminf_edge.system import default_n_threads
 from lminf_edge.text_generation import TextOptions, write_text
 from lminf_edge.tokens import TokenArray, TokenSequence, as_token_array
@@ -140,6 +142,13 @@ class Llama(CompletionMethods):
         self._sequence = ModelSequence(model, context, None if lminf is not None else context.n_ctx)
         self._n_ubatch = context.n_ubatch
         self._config = from_params(context.params)
+        self._cache_settings = {
+            "n_ubatch": context.n_ubatch,
+            "n_ctx": self.n_ctx,
+            "n_rebase": _n_rebase,
+            "cache_type_k": cache_type_k,
+            "cache_type_v": cache_type_v,
+        }
 
     @classmethod
     def from_pretrained(cls, repo_id: str, filename: str, **options: Any) -> Self:
@@ -417,6 +426,68 @@ class Llama(CompletionMethods):
         check_int("n_past", n_past, 0, 2**63 - 1)
         with self._sequence.exclusive():
             self._sequence.truncate(n_past)
+
+    def save_state(self, path: str | os.PathLike[str]) -> None:
+        """Saves the sequence, so that it can go on later with the very same logits and drawn tokens.
+
+        The file takes its place in one step: until then an older one stays. It is as large as the used part of the
+        cache, and only its owner can read it.
+
+        Args:
+            path: The file to write.
+
+        Raises:
+            StateError: The object is closed or computing, or the file cannot be written.
+        """
+        with self._sequence.exclusive():
+            state = self._saved("llama")
+        write_state_file(path, state)
+
+    def load_state(self, path: str | os.PathLike[str]) -> None:
+        """Replaces the sequence by a saved one.
+
+        It was saved by an object with the same model file, LM-Infinite parameters, cache types and `n_ubatch`; the
+        numbers of threads may differ. With them, or on another machine, logits are the same up to rounding.
+
+        Args:
+            path: What `save_state` wrote.
+
+        Raises:
+            StateError: The file is missing, cut off, damaged, or of another version; or it was saved with another
+                model or other parameters, which the message names; or this object is closed or computing. Nothing was
+                changed.
+        """
+        file = read_state_file(path)
+        with self._sequence.exclusive():
+            self._restore(file, "llama")
+
+    def _saved(self, kind: str, **extra: Any) -> StateFile:
+        """The sequence and the state of the random numbers, with further JSON data. Only within `exclusive`."""
+        extra["random"] = self._random.getstate()
+        return state_file(kind, self._state_settings(), self._sequence.save(), extra)
+
+    def _restore(self, file: StateFile, kind: str) -> None:
+        """Replaces the sequence, if the file fits. Only within `exclusive`."""
+        state = sequence_state(file, kind, self._state_settings())
+        before = self._random.getstate()
+        try:
+            version, internal, gauss = file.header["random"]
+            self._random.setstate((version, tuple(internal), gauss))
+            self._sequence.load(state)
+        except (LookupError, TypeError, ValueError) as error:
+            raise StateError("the state's random numbers are damaged") from error
+        except StateError:
+            self._random.setstate(before)
+            raise
+
+    def _state_settings(self) -> dict[str, Any]:
+        """What has to be the same for a state to go on."""
+        return {
+            "model": model_fingerprint(self._model.path),
+            **config_settings(self._config),
+            **self._cache_settings,
+            "state version": _core.state_version(),
+        }
 
     def memory_stats(self) -> MemoryStats:
         """What the object keeps of its sequence, and where that stands. Waits for a micro-batch being computed."""

@@ -51,6 +51,27 @@ class TextPiece:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ChatUsage:
+    """How much of a conversation the model still sees.
+
+    Attributes:
+        n_tokens: Tokens of the whole conversation, with all that the chat template writes.
+        n_tokens_remembered: Those that the model sees, pinned ones included.
+        n_tokens_forgotten: Those that have left the window.
+        n_tokens_pinned: Those of the system prompt.
+        n_messages: Questions and answers.
+        n_messages_remembered: Those that the model sees.
+    """
+
+    n_tokens: int
+    n_tokens_remembered: int
+    n_tokens_forgotten: int
+    n_tokens_pinned: int
+    n_messages: int
+    n_messages_remembered: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class MemoryStats:
     """What a `Llama` keeps of its sequence.
 
@@ -64,7 +85,12 @@ class MemoryStats:
         n_placements: Times that the sink tokens were placed for a block.
         n_rebases: Times that positions were shifted back to keep RoPE's arithmetic exact.
         pos_physical: Position of the next token as RoPE will see it.
+        window_fill: How much of the window, or of a plain context, is in use: 0 to 1.
+        tokens_per_second: Mean speed of the last 1,024 drawn tokens. None before the first one.
+        latency_p50: Seconds that half of them took at most.
+        latency_p99: Seconds that 99 % of them took at most.
         resident_bytes: Memory of the whole process that is in RAM, mapped model files included.
+        peak_resident_bytes: The most that it has been. None where the system does not say.
     """
 
     kv_bytes: int
@@ -76,4 +102,9 @@ class MemoryStats:
     n_placements: int
     n_rebases: int
     pos_physical: int
+    window_fill: float
+    tokens_per_second: float | None
+    latency_p50: float | None
+    latency_p99: float | None
     resident_bytes: int
+    peak_resident_bytes: int | None

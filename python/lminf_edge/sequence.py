@@ -5,13 +5,33 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
 
 from lminf_edge._library import _core
 from lminf_edge.errors import ContextError, StateError
 from lminf_edge.history import TokenHistory
 from lminf_edge.records import MemoryStats
-from lminf_edge.system import resident_bytes
+from lminf_edge.system import peak_resident_bytes, resident_bytes
+from lminf_edge.timing import TokenTimes
 from lminf_edge.tokens import TokenArray
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequenceState:
+    """A sequence outside of its context.
+
+    Attributes:
+        cells: What llama.cpp keeps of it.
+        logits: Logits of its last token, float32 [n_vocab], if they are still there.
+        history: Its tokens as 32-bit integers, if they are known.
+    """
+
+    cells: bytes
+    logits: npt.NDArray[np.float32] | None
+    history: bytes | None
 
 
 class ModelSequence:
@@ -19,6 +39,7 @@ class ModelSequence:
 
     Attributes:
         n_ctx: Length at which the context is full, in tokens. None: never (LM-Infinite).
+        token_times: How long drawn tokens took.
     """
 
     def __init__(self, model: _core.Model, context: _core.Context, n_ctx: int | None) -> None:
@@ -30,6 +51,7 @@ class ModelSequence:
             n_ctx: See above.
         """
         self.n_ctx = n_ctx
+        self.token_times = TokenTimes()
         self._open: tuple[_core.Model, _core.Context] | None = (model, context)
         self._history = TokenHistory()
         self._turn = 0
@@ -64,8 +86,19 @@ class ModelSequence:
             n_placements=stats.n_placements,
             n_rebases=stats.n_rebases,
             pos_physical=stats.pos_physical,
+            window_fill=self._window_fill(stats),
+            tokens_per_second=self.token_times.tokens_per_second,
+            latency_p50=self.token_times.percentile(50),
+            latency_p99=self.token_times.percentile(99),
             resident_bytes=resident_bytes(),
+            peak_resident_bytes=peak_resident_bytes(),
         )
+
+    def _window_fill(self, stats: _core.Stats) -> float:
+        params = self.context.params
+        if params is None:
+            return stats.n_cells_used / stats.n_cells
+        return (stats.n_cells_used - min(params.n_sink, stats.n_past)) / params.n_window
 
     def close(self) -> None:
         """Frees the context, as soon as no other thread computes with it. Can be called again."""
@@ -137,6 +170,38 @@ class ModelSequence:
             piece = tokens[begin : begin + self._n_batch]
             with self.recording(piece) as context:
                 context.decode(piece, check=check)
+
+    @property
+    def turn(self) -> int:
+        """Number of the call that the sequence belongs to: another one than last time has changed it."""
+        return self._turn
+
+    def forget(self, end: int) -> None:
+        """Forgets everything between the sink tokens and position `end`. Only within `exclusive`.
+
+        Raises:
+            StateError: The sequence does not go beyond `end`. Nothing was changed.
+        """
+        self.context.forget(end)
+        self._history.forget()
+
+    def save(self) -> SequenceState:
+        """Everything that the sequence needs to go on bit for bit. Only within `exclusive`."""
+        context = self.context
+        try:
+            logits = context.last_logits()
+        except StateError:
+            logits = None
+        return SequenceState(cells=context.get_state(), logits=logits, history=self._history.save())
+
+    def load(self, state: SequenceState) -> None:
+        """Replaces the sequence. Only within `exclusive`.
+
+        Raises:
+            StateError: The state does not fit the context. Nothing was changed.
+        """
+        self.context.set_state(state.cells, state.logits)
+        self._history.load(state.history)
 
     def truncate(self, n_past: int) -> None:
         """Removes everything from position n_past on. Only within `exclusive`.

@@ -31,6 +31,19 @@ def resident_bytes() -> int:
     return int(listing.stdout) * 1024
 
 
+def peak_resident_bytes() -> int | None:
+    """The most memory of this process that has been in RAM. None where the system does not say."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        return next((int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if "VmHWM" in line), None)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
 def human_bytes(n_bytes: int) -> str:
     """A number of bytes to read: 47.2 MB."""
     units = ("kB", "MB", "GB", "TB")

@@ -1,0 +1,70 @@
+"""How large a window fits into a number of bytes."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from lminf_edge._checks import N_MAX, check_choice, check_int
+from lminf_edge._library import _core
+from lminf_edge._params import batch_sizes, to_params
+from lminf_edge.errors import ConfigError
+from lminf_edge.gguf_file import check_gguf_file
+
+if TYPE_CHECKING:
+    from lminf_edge.config import LMInfConfig
+
+
+def with_largest_window(
+    config: LMInfConfig, model_path: str | os.PathLike[str], kv_bytes: int, cache_type: str, n_ubatch: int | None
+) -> LMInfConfig:
+    """See `LMInfConfig.from_budget`; the window of `config` is not used.
+
+    The engine itself says what a window takes, in a context without memory: no formula is written twice.
+    """
+    check_int("kv_bytes", kv_bytes, 0, 2**63 - 1)
+    check_choice("cache_type", cache_type, _core.cache_types())
+    batch, ubatch = batch_sizes(None, n_ubatch)
+    model = _core.Model(str(check_gguf_file(model_path)), use_mmap=False, no_alloc=True)
+
+    def n_bytes(n_window: int) -> int:
+        context = _core.Context(
+            model,
+            lminf=to_params(_with_window(config, n_window), 0),
+            n_batch=batch,
+            n_ubatch=ubatch,
+            cache_type_k=cache_type,
+            cache_type_v=cache_type,
+        )
+        return context.stats().n_bytes
+
+    def fits(n_window: int) -> bool:
+        try:
+            return n_bytes(n_window) <= kv_bytes
+        except ConfigError:  # too large for the model, or for the other parameters
+            return False
+
+    smallest = _smallest_window(config)
+    needed = n_bytes(smallest)
+    if needed > kv_bytes:
+        raise ConfigError(f"kv_bytes = {kv_bytes:,}: even the smallest window needs {needed:,} bytes with this model")
+    low, high = smallest, max(smallest, model.n_ctx_train) + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return _with_window(config, low)
+
+
+def _with_window(config: LMInfConfig, n_window: int) -> LMInfConfig:
+    n_clamp = config.n_clamp
+    if n_clamp is None and config.sink_order == "kept":
+        n_clamp = min(N_MAX, config.n_sink + n_window - 1)
+    return replace(config, n_window=n_window, n_clamp=n_clamp)
+
+
+def _smallest_window(config: LMInfConfig) -> int:
+    """A block is not longer than the clamp, which depends on the window unless it is given."""
+    if config.n_block is None or config.n_clamp is not None:
+        return 1
+    return max(1, config.n_block - (config.n_sink - 1 if config.sink_order == "kept" else 0))
