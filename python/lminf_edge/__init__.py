@@ -12,6 +12,7 @@ from __future__ import annotations
 from importlib.metadata import version
 
 from lminf_edge._library import lib_path
+from lminf_edge.chat_session import ChatSession
 from lminf_edge.config import LMInfConfig
 from lminf_edge.errors import (
     ConfigError,
@@ -22,11 +23,13 @@ from lminf_edge.errors import (
     UnsupportedModelError,
 )
 from lminf_edge.llama import Llama
-from lminf_edge.records import GenerationStep, MemoryStats, TextPiece
+from lminf_edge.records import ChatUsage, GenerationStep, MemoryStats, TextPiece
 
 __version__ = version("lminf-edge")
 
 __all__ = [
+    "ChatSession",
+    "ChatUsage",
     "ConfigError",
     "ContextError",
     "GenerationStep",

@@ -82,11 +82,11 @@ class ChatFormat:
         Raises:
             ConfigError: As for `render`; or the template writes the first messages differently once others follow.
         """
-        guarded = _mapped(messages, self._guard)
+        guarded = _mapped(messages, self.guard)
         text = self.render(guarded, tools=tools, add_generation_prompt=add_generation_prompt)
         if n_before == 0:
-            return self._beginning(text) + self._tokenize(text)
-        return self._tokenize(_rest(text, self.render(guarded[:n_before], tools=tools, add_generation_prompt=False)))
+            return self.tokenize(text, begins=True)
+        return self.tokenize(_rest(text, self.render(guarded[:n_before], tools=tools, add_generation_prompt=False)))
 
     def closing_tokens(self, messages: Sequence[Message], *, tools: Sequence[object] | None = None) -> list[int]:
         """The tokens that end the assistant's answer to a conversation, after its text.
@@ -98,12 +98,12 @@ class ChatFormat:
         Raises:
             ConfigError: As for `render`; or the template does not show answers.
         """
-        guarded = _mapped(messages, self._guard)
+        guarded = _mapped(messages, self.guard)
         answered = [*guarded, {"role": "assistant", "content": _ANSWER}]
         text = self.render(answered, tools=tools, add_generation_prompt=False)
         if _ANSWER not in text:
             raise ConfigError("the model's chat template does not show the assistant's answers")
-        return self._tokenize(text.rpartition(_ANSWER)[2])
+        return self.tokenize(text.rpartition(_ANSWER)[2])
 
     def segments(
         self, messages: Sequence[Message], *, tools: Sequence[object] | None = None, add_generation_prompt: bool = True
@@ -132,11 +132,18 @@ class ChatFormat:
         wanted = self._model.add_bos and bos >= 0 and not text.startswith(_spelling(self._model, bos))
         return [bos] if wanted else []
 
-    def _guard(self, text: str) -> str:
+    def guard(self, text: str) -> str:
+        """A text in which control tokens that it spells out are marked, for `tokenize` to read them as text."""
         return self._guarded_pattern.sub(lambda found: f"{_OPEN}{self._guarded_index[found[0]]}{_CLOSE}", text)
 
-    def _tokenize(self, text: str) -> list[int]:
-        tokens: list[int] = []
+    def tokenize(self, text: str, *, begins: bool = False) -> list[int]:
+        """The tokens of a rendered text whose messages went through `guard`.
+
+        Args:
+            text: The text, or a part of it that neither cuts a mark nor a control token.
+            begins: The sequence begins here: with the model's begin-of-text token if the model wants one.
+        """
+        tokens = self._beginning(text) if begins else []
         for number, part in enumerate(_MARK.split(text)):
             is_mark = number % 2 == 1
             piece = self._guarded[int(part)] if is_mark else part

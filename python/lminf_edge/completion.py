@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,6 +13,7 @@ import numpy as np
 from lminf_edge._checks import check_bool, check_int
 from lminf_edge.chat_prompt import ChatFormat, check_messages, check_tools
 from lminf_edge.completion_types import (
+    AnswerParams,
     ChatCompletion,
     ChatCompletionChunk,
     ChatCompletionParams,
@@ -106,27 +108,68 @@ def stream_chat(
         UnsupportedModelError: The model has no chat template that can be used.
         ContextError: A plain context has no room for the prompt.
     """
-    return _ChatShape(model, messages, params, check).chunks()
+    return _chat_shape(model, messages, params, check).chunks()
 
 
 def chat(model: TextModel, messages: Sequence[Mapping[str, Any]], params: Mapping[str, Any]) -> ChatCompletion:
     """A whole answer; arguments and errors as for `stream_chat`."""
-    return _ChatShape(model, messages, params, None).whole()
+    return _chat_shape(model, messages, params, None).whole()
+
+
+@dataclass(kw_only=True)
+class Writing:
+    """A text that will be written.
+
+    Attributes:
+        pieces: Its pieces; nothing is computed before the first one is asked for.
+        n_prompt: Tokens that are read before it, once that is known.
+    """
+
+    pieces: Iterator[TextPiece]
+    n_prompt: int = 0
+
+
+def stream_answer(
+    model: TextModel,
+    start: Callable[[TextOptions], Writing],
+    method: str,
+    params: Mapping[str, Any],
+    check: Check | None = None,
+) -> Iterator[ChatCompletionChunk]:
+    """The pieces of an answer in a conversation that somebody else keeps.
+
+    Args:
+        model: The model.
+        start: Begins to write with options that have been checked.
+        method: What the caller calls this.
+        params: `AnswerParams`.
+        check: See `TextOptions.check`.
+
+    Returns:
+        An iterator over pieces. Arguments are checked now; nothing is computed before the first piece is asked for.
+
+    Raises:
+        ConfigError, TypeError: An argument is wrong.
+    """
+    _refuse_unknown(method, params, AnswerParams)
+    return _ChatShape(model, start, params, check).chunks()
+
+
+def answer(
+    model: TextModel, start: Callable[[TextOptions], Writing], method: str, params: Mapping[str, Any]
+) -> ChatCompletion:
+    """A whole answer; arguments and errors as for `stream_answer`."""
+    _refuse_unknown(method, params, AnswerParams)
+    return _ChatShape(model, start, params, None).whole()
 
 
 class _Shape:
     """What completions and answers in a chat have in common."""
 
-    def __init__(
-        self,
-        model: TextModel,
-        prompt: Sequence[int],
-        params: Mapping[str, Any],
-        options: TextOptions,
-        id_prefix: str,
-    ) -> None:
+    def __init__(self, model: TextModel, writing: Writing, params: Mapping[str, Any], id_prefix: str) -> None:
         self._model = model
-        self._n_prompt = len(prompt)
+        self._writing = writing
+        self._pieces = writing.pieces
         stream_options = params.get("stream_options") or {}
         if not isinstance(stream_options, Mapping) or stream_options.keys() - {"include_usage"}:
             raise ConfigError(f"stream_options = {stream_options!r}: may only hold 'include_usage'")
@@ -139,14 +182,10 @@ class _Shape:
             "created": int(time.time()),
             "model": name or model.model_name,
         }
-        self._pieces = model._write(prompt, options)
 
     def _usage(self, n_written: int) -> CompletionUsage:
-        return {
-            "prompt_tokens": self._n_prompt,
-            "completion_tokens": n_written,
-            "total_tokens": self._n_prompt + n_written,
-        }
+        n_prompt = self._writing.n_prompt
+        return {"prompt_tokens": n_prompt, "completion_tokens": n_written, "total_tokens": n_prompt + n_written}
 
     def _token_text(self, token: int) -> str:
         return self._token_bytes(token).decode(errors="replace")
@@ -166,7 +205,7 @@ class _CompletionShape(_Shape):
             raise ConfigError("echo and logprobs: Llama.logprobs gives the probabilities of a prompt's tokens")
         options = text_options(params, max_tokens=N_TOKENS_COMPLETION, n_top_logprobs=self._n_top or 0, check=check)
         tokens = _prompt_tokens(model, prompt)
-        super().__init__(model, tokens, params, options, "cmpl")
+        super().__init__(model, Writing(pieces=model._write(tokens, options), n_prompt=len(tokens)), params, "cmpl")
         self._echoed = _prompt_text(model, prompt) if echo else ""
         self._n_text = 0
 
@@ -213,17 +252,18 @@ class _CompletionShape(_Shape):
 
 class _ChatShape(_Shape):
     def __init__(
-        self, model: TextModel, messages: Sequence[Mapping[str, Any]], params: Mapping[str, Any], check: Check | None
+        self,
+        model: TextModel,
+        start: Callable[[TextOptions], Writing],
+        params: Mapping[str, Any],
+        check: Check | None,
     ) -> None:
-        _refuse_unknown("create_chat_completion", params, ChatCompletionParams)
         self._with_logprobs = check_bool("logprobs", _given(params, "logprobs", False))
         n_top = _n_top_logprobs("top_logprobs", params.get("top_logprobs")) or 0
         if n_top and not self._with_logprobs:
             raise ConfigError("top_logprobs: needs logprobs=True")
         options = text_options(params, max_tokens=N_TOKENS_CHAT, n_top_logprobs=n_top, check=check)
-        tools = check_tools(params.get("tools"))
-        tokens = model._chat_format.tokens(check_messages(messages), tools=tools)
-        super().__init__(model, tokens, params, options, "chatcmpl")
+        super().__init__(model, start(options), params, "chatcmpl")
 
     def chunks(self) -> Iterator[ChatCompletionChunk]:
         yield self._chunk({"role": "assistant", "content": ""}, (), None)
@@ -274,6 +314,17 @@ class _ChatShape(_Shape):
     def _top(self, token: int, logprob: float) -> TopLogprob:
         data = self._token_bytes(token)
         return {"token": data.decode(errors="replace"), "logprob": logprob, "bytes": list(data)}
+
+
+def _chat_shape(
+    model: TextModel, messages: Sequence[Mapping[str, Any]], params: Mapping[str, Any], check: Check | None
+) -> _ChatShape:
+    def start(options: TextOptions) -> Writing:
+        tokens = model._chat_format.tokens(check_messages(messages), tools=check_tools(params.get("tools")))
+        return Writing(pieces=model._write(tokens, options), n_prompt=len(tokens))
+
+    _refuse_unknown("create_chat_completion", params, ChatCompletionParams)
+    return _ChatShape(model, start, params, check)
 
 
 def _prompt_tokens(model: TextModel, prompt: str | TokenSequence) -> list[int]:

@@ -171,15 +171,23 @@ class CompletionParams(TextParams, total=False):
     echo: bool | None
 
 
-class ChatCompletionParams(TextParams, total=False):
-    """Options of `create_chat_completion`.
+class AnswerParams(TextParams, total=False):
+    """Options of an answer in a `ChatSession`.
 
     Attributes:
-        tools: Descriptions of functions for the chat template. What the model answers is text.
         logprobs: Report the logarithmic probability of each token.
         top_logprobs: And of this many most probable ones.
     """
 
-    tools: list[dict[str, Any]] | None
     logprobs: bool | None
     top_logprobs: int | None
+
+
+class ChatCompletionParams(AnswerParams, total=False):
+    """Options of `create_chat_completion`.
+
+    Attributes:
+        tools: Descriptions of functions for the chat template. What the model answers is text.
+    """
+
+    tools: list[dict[str, Any]] | None
