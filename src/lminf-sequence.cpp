@@ -34,8 +34,9 @@ bool lminf_sequence::can_remove(int64_t j0, int64_t j1) const {
         return true; // nothing to remove
     }
     if (j1 >= n_past) {
-        // nobody misses what was forgotten on purpose anyway
-        return oldest >= n_evicted || policy->can_cut(j0, n_past, n_evicted);
+        // nobody misses what was forgotten on purpose
+        const bool is_forgotten = oldest >= n_evicted && policy->window_begin(j0) >= policy->n_pinned;
+        return is_forgotten || policy->can_cut(j0, n_past, n_evicted);
     }
     // the oldest part of the window: from anywhere between the pinned tokens and what is still there
     return j0 >= policy->n_pinned && j0 <= std::max(oldest, policy->window_begin(n_past));

@@ -112,6 +112,42 @@ static void test_refusals() {
     CHECK(seq.can_remove(4, 980) && seq.can_remove(900, 980));
 }
 
+// The tail can be cut however long it is if all that it pushed out of the window was forgotten on purpose
+static void test_cut_after_forgetting() {
+    lminf_policy policy = make(4, 100, 1, 8);
+    {
+        stream s(policy);
+        s.append(4);
+        for (int i = 0; i < 300; ++i) {
+            s.append(3);
+        }
+        const int64_t n_past = s.seq.n_past;
+        s.seq.remove(4, n_past - 70);
+        s.forgotten = n_past - 70;
+        for (int i = 0; i < 15; ++i) {
+            s.append(2);
+        }
+        CHECK(s.seq.can_remove(n_past - 60, s.seq.n_past)); // 90 tokens, n_rollback is 5
+        s.seq.remove(n_past - 60, s.seq.n_past);
+        s.check(n_past - 60, n_past - 60);
+        s.append(8);
+        for (int i = 0; i < 100; ++i) {
+            s.append(1);
+        }
+        CHECK(!s.seq.can_remove(s.seq.n_past - 60, s.seq.n_past)); // what was pushed out now was not forgotten
+    }
+    // a sliding layer of the model's own sees the pinned tokens while they are near, and has lost them here
+    policy.n_sink   = 0;
+    policy.n_window = 20;
+    lminf_sequence sliding(policy);
+    for (int i = 0; i < 60; ++i) {
+        sliding.append(1);
+    }
+    sliding.remove(4, 50);
+    CHECK(!sliding.can_remove(22, 60));
+    CHECK(sliding.can_remove(23, 60)); // from here on the pinned tokens are out of sight, and the others were forgotten
+}
+
 // One token at a time, the keys stay in W + n_rollback cells: few for attention to look at
 static void test_compact() {
     const lminf_policy policy = make(4, 2048, 64, 512, 128);
@@ -162,6 +198,7 @@ static void test_lifetime(int64_t n_tokens) {
 
 int main(int argc, char ** argv) {
     test_refusals();
+    test_cut_after_forgetting();
     test_compact();
 
     srand(1);
