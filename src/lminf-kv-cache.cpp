@@ -7,6 +7,7 @@
 #include "llama-model.h"
 
 #include <algorithm>
+#include <cstring>
 #include <stdexcept>
 
 //
@@ -157,12 +158,40 @@ std::vector<lminf_kv_cache::ubatch_part> lminf_kv_cache::parts(const llama_ubatc
     return res;
 }
 
+void lminf_kv_cache::compact(llama_seq_id seq_id) {
+    // Bytes are moved as they are. In a device's memory that would be thousands of tiny transfers, and a transposed V is
+    // read by an attention that gains nothing.
+    const auto is_host = [](const ggml_tensor * t) { return !t || ggml_backend_buffer_is_host(t->buffer); };
+    for (const auto & layer : layers) {
+        if (v_trans || !is_host(layer.k) || !is_host(layer.v)) {
+            return;
+        }
+    }
+
+    const auto moves = seqs[seq_id].compact();
+    if (moves.empty()) {
+        return;
+    }
+    lctx->synchronize();
+    for (const auto & layer : layers) {
+        for (ggml_tensor * t : { layer.k_stream[seq_id], layer.v_stream[seq_id] }) {
+            for (size_t i = 0; t && i < moves.size(); ++i) {
+                memcpy((char *) t->data + moves[i].to*t->nb[1], (char *) t->data + moves[i].from*t->nb[1], t->nb[1]);
+            }
+        }
+    }
+}
+
 llama_kv_cache::slot_info_vec_t lminf_kv_cache::prepare(const std::vector<llama_ubatch> & ubatches) {
     capture = {};
 
     if (lctx && !lctx->get_cparams().causal_attn) {
         LLAMA_LOG_ERROR("%s: LM-Infinite needs causal attention, and llama_set_causal_attn() has turned it off\n", __func__);
         return {};
+    }
+
+    if (lctx && ubatches.size() == 1 && ubatches[0].n_tokens == 1 && has_seq(ubatches[0].seq_id[0][0])) {
+        compact(ubatches[0].seq_id[0][0]);
     }
 
     slot_info_vec_t res;

@@ -193,6 +193,9 @@ private:
 
     std::vector<std::pair<const char *, int64_t>> state_parameters() const;
 
+    // before a single token is stored: see lminf_sequence::compact()
+    void compact(llama_seq_id seq_id);
+
     // the parts of the cache that belong to a sequence of which n_used cells are in use: f(tensor, offset, size)
     template <typename F>
     void for_each_slice(llama_seq_id seq_id, int64_t n_used, F && f) const;

@@ -57,6 +57,18 @@ int64_t lminf_policy::n_ring() const {
     return n_cells() - n_sink_cells();
 }
 
+int64_t lminf_policy::ring_start() const {
+    const int64_t n_used   = n_sink_cells() + n_window + n_rollback;
+    const int64_t n_before = n_sink_cells() - n_sink; // a query sees one copy of the sink tokens
+    const int64_t n_behind = (n_used + N_PAD - 1) / N_PAD * N_PAD - n_used;
+
+    return std::max<int64_t>(0, n_behind - n_before) / 2;
+}
+
+int64_t lminf_policy::ring_end() const {
+    return ring_start() + n_window + n_rollback;
+}
+
 int64_t lminf_policy::copy(int64_t p) const {
     return alibi || sink_shift(p) == 0 ? 0 : 1 + block(p) % (n_copies() - 1);
 }

@@ -61,6 +61,11 @@ struct lminf_policy {
     int64_t n_cells     () const; // in all, padded as llama.cpp pads a context
     int64_t n_ring      () const; // W + rollback + micro-batch, and the padding
 
+    // The ring is filled from this cell of it on, and wraps. Attention is computed for cells in steps of N_PAD, and threads get
+    // equal stretches of them: half of the cells that are only padding then lie before the keys and half behind.
+    int64_t ring_start() const;
+    int64_t ring_end  () const; // of the cells that a stream needs which grows one token at a time: W + rollback of them
+
     int64_t copy     (int64_t p) const; // the copy that query p sees
     int64_t sink_cell(int64_t copy, int64_t j) const;
 

@@ -1,6 +1,7 @@
 #include "lminf-sequence.h"
 
 #include <algorithm>
+#include <utility>
 
 lminf_sequence::lminf_sequence(const lminf_policy & policy) :
     copies(policy.n_copies()), policy(&policy), n_evicted(policy.n_sink), oldest(policy.n_pinned), ring(policy.n_ring(), -1) {
@@ -12,19 +13,41 @@ std::vector<uint32_t> lminf_sequence::append(int64_t n) {
     std::vector<uint32_t> res;
     res.reserve(n);
 
-    // The lowest free cell: a stream that grows one token at a time then uses W + n_rollback cells and leaves the slack for
+    // The first free cell: a stream that grows one token at a time then uses W + n_rollback cells and leaves the slack for
     // micro-batches alone, so that attention has fewer cells to look at.
-    size_t i = 0;
+    size_t i = policy->ring_start();
     for (; n > 0; --n, ++n_past) {
         if (n_past < policy->n_sink) {
             res.push_back((uint32_t) policy->sink_cell(0, n_past));
             continue;
         }
-        while (ring.at(i) >= n_evicted) {
-            ++i;
+        while (ring[i] >= n_evicted) { // n_ring cells always suffice
+            i = i + 1 == ring.size() ? 0 : i + 1;
         }
         ring[i] = n_past;
         res.push_back((uint32_t) (policy->n_sink_cells() + (int64_t) i));
+    }
+    return res;
+}
+
+std::vector<lminf_sequence::move> lminf_sequence::compact() {
+    n_evicted = std::max(n_evicted, policy->evict_before(n_past));
+
+    std::vector<move> res;
+
+    const size_t begin = policy->ring_start();
+    const size_t end   = policy->ring_end();
+
+    size_t to = begin;
+    for (size_t i = 0; i < ring.size(); ++i) {
+        if (ring[i] < n_evicted || (i >= begin && i < end)) {
+            continue;
+        }
+        while (ring[to] >= n_evicted) { // at most W + n_rollback - 1 keys are not evicted
+            ++to;
+        }
+        std::swap(ring[i], ring[to]);
+        res.push_back({ policy->n_sink_cells() + (int64_t) i, policy->n_sink_cells() + (int64_t) to });
     }
     return res;
 }

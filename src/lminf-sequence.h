@@ -35,6 +35,11 @@ public:
     // The next n tokens (at most n_ubatch) are stored: evicts what they do not need, returns their cells.
     std::vector<uint32_t> append(int64_t n);
 
+    // Keys that micro-batches left in cells which single tokens do not need move to lower ones, so that attention has fewer
+    // cells to look at. Returns (from, to).
+    struct move { int64_t from; int64_t to; };
+    std::vector<move> compact();
+
     // The removals that are exact: the tail, as far back as everything that the next queries see is still stored (or was
     // forgotten on purpose); the oldest part of the window behind the pinned tokens. Empty ranges are allowed too. Positions are logical, [j0, j1).
     bool can_remove(int64_t j0, int64_t j1) const;

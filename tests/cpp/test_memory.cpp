@@ -214,6 +214,37 @@ static void test_removal(llama_model * model) {
     CHECK(difference(eval(ctx.get(), tokens, 300, 340), next) < 1e-4f);
 }
 
+// After a prompt, single tokens find the window in few cells: its keys have moved, and are the same to the byte
+static void test_compaction(llama_model * model, ggml_type type) {
+    options opts;
+    opts.n_ubatch   = 64;
+    opts.type       = type;
+    opts.flash_attn = true;
+    const tokens_t tokens = make_tokens(400, 14);
+
+    const auto singles = make_context(model, opts);
+    const auto mixed   = make_context(model, opts);
+
+    std::vector<uint8_t> before(4096), after(4096);
+    for (size_t i = 0; i < 400; i += 100) {
+        logits_t expected;
+        for (size_t k = i; k < i + 100; ++k) {
+            const logits_t one = eval(singles.get(), tokens, k, k + 1);
+            expected.insert(expected.end(), one.begin(), one.end());
+        }
+        logits_t logits = eval(mixed.get(), tokens, i, i + 64);
+        const int64_t pos = int64_t(i) + 60;
+        const size_t  n   = lminf_test_get_key(mixed.get(), 0, 1, pos, before.data(), before.size());
+        for (size_t k = i + 64; k < i + 100; ++k) {
+            const logits_t one = eval(mixed.get(), tokens, k, k + 1);
+            logits.insert(logits.end(), one.begin(), one.end());
+            CHECK(n > 0 && lminf_test_get_key(mixed.get(), 0, 1, pos, after.data(), after.size()) == n);
+            CHECK(std::equal(before.begin(), before.begin() + int64_t(n), after.begin()));
+        }
+        CHECK(difference(logits, expected) < 2e-2f);
+    }
+}
+
 // A copied sequence goes on as the first one does, sink tokens and all, and apart from it
 static void test_copies(llama_model * model, ggml_type type) {
     options opts;
@@ -466,6 +497,8 @@ int main() {
         test_rebase(model.get(), GGML_TYPE_F16, 24);
         test_sequences(model.get());
         test_removal(model.get());
+        test_compaction(model.get(), GGML_TYPE_F16);
+        test_compaction(model.get(), GGML_TYPE_F32);
         test_copies(model.get(), GGML_TYPE_F32);
         test_copies(model.get(), GGML_TYPE_F16);
         test_states(model.get(), GGML_TYPE_F32, false);

@@ -74,6 +74,13 @@ static void test_stream(const lminf_policy & policy) {
 
         const int64_t n_past = s.seq.n_past;
 
+        if (i % 5 == 0) {
+            for (const auto & move : s.seq.compact()) {
+                s.cells[move.to] = s.cells[move.from];
+            }
+            s.check(n_past, n_past);
+            CHECK(s.seq.n_used() <= policy.n_sink_cells() + policy.ring_end());
+        }
         // an aborted micro-batch is undone, and then as many tokens as promised
         if (i % 3 == 0) {
             s.append(1 + rand() % policy.n_ubatch);
@@ -156,7 +163,11 @@ static void test_compact() {
     for (int i = 0; i < 20000; ++i) {
         seq.append(1);
     }
-    CHECK(seq.n_used() == policy.n_sink_cells() + 2048 + 128);
+    CHECK(seq.n_used() == policy.n_sink_cells() + policy.ring_end());
+    seq.append(512);
+    CHECK(seq.n_used() > policy.n_sink_cells() + policy.ring_end());
+    CHECK(!seq.compact().empty() && seq.n_used() == policy.n_sink_cells() + policy.ring_end());
+    CHECK(seq.compact().empty());
 }
 
 // The paper's 200 million tokens: rebases, evictions and cells, with the invariants after every block
