@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from inspect import signature
 from pathlib import Path
@@ -79,6 +79,8 @@ class ChatSession:
             )
         self._conversation = self._empty(self._format)
         self._turn: int | None = None
+        self._answering: SpokenMessage | None = None  # as long as it is not certain what stays of it
+        self._n_valid = 0  # the sequence's tokens up to here are the conversation's
 
     @classmethod
     def open(
@@ -204,7 +206,7 @@ class ChatSession:
 
         Returns:
             An iterator over dictionaries as the OpenAI API has them, or one such dictionary. The arguments are checked
-            now; the message joins the conversation when the first piece is asked for.
+            now; the message joins the conversation when the first piece with text is asked for.
 
         Raises:
             TypeError: An option does not exist, or an argument is of a wrong type.
@@ -356,7 +358,8 @@ class ChatSession:
             raise StateError(f"the saved conversation does not fit: {error}") from error
         with self._llm._sequence.exclusive() as turn:
             self._llm._restore(file, _KIND)
-            self._turn = turn
+            self._turn, self._n_valid = turn, self._llm.n_past
+            self._answering = None
         self._system, self._tools, self._format = header["system"], header["tools"], turns
         self._conversation = conversation
 
@@ -430,7 +433,7 @@ class ChatSession:
 
         def start(options: TextOptions) -> Writing:
             sampler = options.sampling.sampler(self._llm._model, self._llm._next_seed(options.seed))
-            writing = Writing(pieces=iter(()))
+            writing = Writing(pieces=_nothing())
             writing.pieces = self._answer(begin, sampler, options, writing)
             return writing
 
@@ -438,15 +441,17 @@ class ChatSession:
 
     def _answer(
         self, begin: Callable[[], None], sampler: _core.Sampler, options: TextOptions, writing: Writing
-    ) -> Iterator[TextPiece]:
+    ) -> Generator[TextPiece, None, None]:
         sequence = self._llm._sequence
         with self._changing() as turn:
             begin()
             self._forget(self._conversation.end)
             # the last token is read (again) for its logits
             self._go_back(self._conversation.end - 1)
+            self._n_valid = self._conversation.end
             prompt = self._conversation.unread(sequence.n_past)
             writing.n_prompt = len(prompt)
+            message = self._answering = self._conversation.messages[-1]
         drawing = DrawOptions(
             max_tokens=options.max_tokens,
             n_top_logprobs=options.n_top_logprobs,
@@ -454,7 +459,6 @@ class ChatSession:
             before_append=lambda: self._forget(sequence.n_past + 1),
             turn=turn,
         )
-        message = self._conversation.messages[-1]
         steps = draw_tokens(sequence, np.array(prompt, np.int32), sampler, drawing)
         try:
             for piece in write_text(steps, options):
@@ -462,8 +466,11 @@ class ChatSession:
                 message.tokens += [step.token for step in piece.tokens]
                 yield piece
         finally:
-            if sequence.turn == turn:
-                self._drop_what_was_not_said()
+            try:
+                with sequence.exclusive(turn):
+                    self._end_answer()
+            except StateError:  # closed, or busy: the next turn will do it
+                pass
 
     @contextmanager
     def _changing(self) -> Iterator[int]:
@@ -474,16 +481,29 @@ class ChatSession:
             if not is_ours:
                 self._conversation.place()
                 sequence.truncate(0)
-            self._go_back(self._conversation.end)
+            self._end_answer()
             yield self._turn
 
-    def _drop_what_was_not_said(self) -> None:
-        """Tokens of a stop string, or of an answer that was not asked for any more, do not stay in the sequence."""
-        try:
-            with self._llm._sequence.exclusive(self._turn):
-                self._go_back(self._conversation.end)
-        except StateError:  # closed, or busy: the next turn will do it
-            pass
+    def _end_answer(self) -> None:
+        """Makes the tokens of an answer those of its text, which may end in the middle of a drawn token or character.
+
+        What else was drawn, such as the tokens of a stop string, does not stay in the sequence.
+        """
+        message, self._answering = self._answering, None
+        if message is not None:
+            content, n_prompt = message.content.encode(), len(self._format.prompt)
+            position = n_bytes = 0
+            n_tokens = n_prompt
+            for number, token in enumerate(message.tokens[n_prompt:], n_prompt + 1):
+                piece = self._llm._model.token_to_piece(token, False)
+                if not content.startswith(piece, position):
+                    break
+                position += len(piece)
+                if not 0x80 <= (content[position:] or b" ")[0] < 0xC0:  # not in the middle of a character
+                    n_bytes, n_tokens = position, number
+            self._n_valid = message.begin + n_tokens
+            message.tokens = message.tokens[:n_tokens] + self._format.text(content[n_bytes:].decode())
+        self._go_back(self._n_valid)
 
     def _take_back(self, position: int) -> None:
         """Goes back in the conversation; a question that was forgotten while it was answered comes back with it."""
@@ -531,6 +551,10 @@ def n_ctx_train(model: _core.Model) -> int:
     """Length that a model was trained on, also of one of which only the vocabulary was loaded."""
     metadata = model.metadata
     return int(metadata.get(f"{metadata['general.architecture']}.context_length", "0"))
+
+
+def _nothing() -> Generator[TextPiece, None, None]:
+    yield from ()
 
 
 def _checked_text(name: str, text: object) -> str:

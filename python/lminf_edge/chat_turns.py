@@ -61,6 +61,10 @@ class TurnFormat:
         """All tokens that do not depend on what is said: they tell formats apart."""
         return [self.pinned, self.prompt, self.closing]
 
+    def text(self, text: str) -> list[int]:
+        """Tokens of a part of a message."""
+        return self._format.tokenize(self._format.guard(text))
+
     def question(self, text: str) -> list[int]:
         """Tokens of a question, its header included."""
         rendered = self._render(self._exchange(self._format.guard(text)))

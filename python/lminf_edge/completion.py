@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -58,7 +59,7 @@ class TextModel(Protocol):
     def detokenize_bytes(self, tokens: TokenSequence, *, special: bool = False) -> bytes:
         """The text of tokens."""
 
-    def _write(self, prompt: TokenSequence, options: TextOptions) -> Iterator[TextPiece]:
+    def _write(self, prompt: TokenSequence, options: TextOptions) -> Generator[TextPiece, None, None]:
         """Writes a text after a prompt, which replaces the present sequence. Arguments are checked now."""
 
 
@@ -125,7 +126,7 @@ class Writing:
         n_prompt: Tokens that are read before it, once that is known.
     """
 
-    pieces: Iterator[TextPiece]
+    pieces: Generator[TextPiece, None, None]
     n_prompt: int = 0
 
 
@@ -268,12 +269,13 @@ class _ChatShape(_Shape):
     def chunks(self) -> Iterator[ChatCompletionChunk]:
         yield self._chunk({"role": "assistant", "content": ""}, (), None)
         n_written = 0
-        for piece in self._pieces:
-            n_written = piece.n_tokens
-            if piece.text or piece.tokens:
-                yield self._chunk({"content": piece.text}, piece.tokens, None)
-            if piece.finish_reason:
-                yield self._chunk({}, (), _openai_reason(piece))
+        with closing(self._pieces):
+            for piece in self._pieces:
+                n_written = piece.n_tokens
+                if piece.text or piece.tokens:
+                    yield self._chunk({"content": piece.text}, piece.tokens, None)
+                if piece.finish_reason:
+                    yield self._chunk({}, (), _openai_reason(piece))
         if self._include_usage:
             empty = self._chunk({}, (), None)
             yield {**empty, "choices": [], "usage": self._usage(n_written)}

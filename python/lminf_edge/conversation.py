@@ -123,9 +123,14 @@ class Conversation:
         """
         window_begin = end - self.n_window
         n = self.n_forgotten
-        while n < len(self.messages) - 1 and self._is_cut(self.messages[n], window_begin):
-            later = range(n + 1, len(self.messages))
-            n = next((i for i in later if self.messages[i].role == "user"), n + 1)
+        while n < len(self.messages) - 1:
+            is_cut = self._is_cut(self.messages[n], window_begin)
+            if not is_cut and self.messages[n].role == "user":
+                break
+            next_question = next((i for i in range(n + 1, len(self.messages)) if self.messages[i].role == "user"), None)
+            if next_question is None and not is_cut:
+                break
+            n = n + 1 if next_question is None else next_question
         return n
 
     def _is_cut(self, message: SpokenMessage, window_begin: int) -> bool:

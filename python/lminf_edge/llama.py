@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from functools import cached_property
 from inspect import signature
 from pathlib import Path
@@ -387,7 +387,9 @@ class Llama(CompletionMethods):
         sampler = options.sampler(self._model, self._next_seed(seed))
         return draw_tokens(self._sequence, tokens, sampler, drawing)
 
-    def _write(self, prompt: TokenSequence, options: TextOptions, *, fresh: bool = True) -> Iterator[TextPiece]:
+    def _write(
+        self, prompt: TokenSequence, options: TextOptions, *, fresh: bool = True
+    ) -> Generator[TextPiece, None, None]:
         """Writes a text after a prompt. Arguments are checked now, nothing is computed before the first piece.
 
         Args:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -89,7 +89,7 @@ def text_options(
     )
 
 
-def write_text(steps: Iterator[GenerationStep], options: TextOptions) -> Iterator[TextPiece]:
+def write_text(steps: Iterator[GenerationStep], options: TextOptions) -> Generator[TextPiece, None, None]:
     """Turns drawn tokens into pieces of text, up to a stop string, a loop or the last token.
 
     Args:
