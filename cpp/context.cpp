@@ -267,7 +267,7 @@ void Context::use::get_state(uint8_t * dst, size_t size) const {
 bool Context::use::try_set_state(const uint8_t * src, size_t size) {
     // the state of an empty sequence would leave what there is
     llama_memory_seq_rm(llama_get_memory(ctx()), seq_id, -1, -1);
-    return llama_state_seq_set_data(ctx(), src, size, seq_id) == size;
+    return size > 0 && llama_state_seq_set_data(ctx(), src, size, seq_id) == size;
 }
 
 void Context::use::set_state(const uint8_t * src, size_t size) {

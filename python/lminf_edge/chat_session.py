@@ -399,6 +399,7 @@ class ChatSession:
             if instead:
                 self._take_back(self._conversation.messages[-2].begin)
                 self._conversation.remove_last(2)
+                self._go_back(self._conversation.end)  # to the pinned tokens, if all before it is forgotten
             self._close_answer()
             self._conversation.drop_tokens()
             question = SpokenMessage(role="user", content=content, tokens=tokens, n_header=self._format.n_header)

@@ -217,10 +217,10 @@ def test_only_its_own_tokens_are_read(real: ChatSession) -> None:
     """With its answer closed: no turn reads anything again, also long after the window is full."""
     real.reset()
     question = "Tell me something about the sea, please."
-    n_question = len(real.llm._chat_format.segments([{"role": "user", "content": question}])[0])
+    n_question = len(real.llm._chat_format.segments([real.messages[0], {"role": "user", "content": question}])[1])
     n_closing, n_prompt = 2, 3
     for turn in range(12):
-        answer = real.send(question, stream=False, max_tokens=40)
+        answer = real.send(question, stream=False, max_tokens=40, temperature=0)
         expected = n_question + n_prompt + (n_closing if turn else len(real._conversation.pinned))
         assert answer["usage"]["prompt_tokens"] == expected
     usage = real.usage
@@ -251,10 +251,11 @@ def test_a_long_answer_is_taken_back_exactly(head_32: TinyModel) -> None:
     with open_tiny(head_32) as session:
         for _ in range(6):
             session.send("ABCDE", stream=False, max_tokens=10, grammar=LETTERS)
-        first = session.send("FGHIJ", stream=False, max_tokens=60, grammar=LETTERS, seed=3)
-        again = session.regenerate(stream=False, max_tokens=60, grammar=LETTERS, seed=3)
+        options: dict[str, Any] = {"stream": False, "max_tokens": 60, "logit_bias": dict.fromkeys(range(3), -100.0)}
+        first = session.send("FGHIJ", seed=3, **options)
+        again = session.regenerate(seed=4, **options)
+        assert first["usage"]["completion_tokens"] == again["usage"]["completion_tokens"] == 60
         assert again["usage"]["prompt_tokens"] == len(session._format.prompt)
-        assert first["choices"][0]["message"]["content"] != ""
         assert len(session.messages) == 1 + 14
 
 
@@ -312,7 +313,7 @@ print(session.llm.detokenize(session._conversation.unread(0), special=True).coun
 """
 
 
-@pytest.mark.parametrize("n_sentences", [1, 2000])
+@pytest.mark.parametrize("n_sentences", [1, 40])
 def test_ctrl_c_while_it_answers_or_still_reads_leaves_a_valid_conversation(
     default_model: Path, n_sentences: int
 ) -> None:
@@ -374,10 +375,10 @@ def test_asyncio(real: ChatSession) -> None:
 def test_a_message_longer_than_the_window_is_read_to_its_end(real: ChatSession) -> None:
     real.reset()
     real.send("Hello!", stream=False, max_tokens=8)
-    text = "The sea was calm, and the ship sailed on towards the south. " * 100
+    text = "The sea was calm, and the ship sailed on towards the south. " * 40
     n_text = len(real.llm.tokenize(text, add_bos=False))
     answer = real.send(text + "The password is swordfish.", stream=False, max_tokens=8)
-    assert answer["usage"]["prompt_tokens"] > n_text > 4 * 256
+    assert answer["usage"]["prompt_tokens"] > n_text > 512
     assert real.usage.n_tokens_forgotten > n_text - 256
     assert [message["role"] for message in real.remembered_messages] == ["system", "user", "assistant"]
     seen = real.llm.detokenize(real._conversation.unread(real.llm.n_past - 60), special=True)
@@ -400,9 +401,9 @@ def test_the_system_prompt_is_the_sink_tokens(default_model: Path) -> None:
 
 def test_a_llama_whose_sink_tokens_do_not_fit_is_refused_with_what_would(default_model: Path) -> None:
     with Llama(default_model, lminf=LMInfConfig(n_window=256)) as llm:
-        with pytest.raises(ConfigError, match=r"n_sink=9, sink_order='kept'"):
+        with pytest.raises(ConfigError, match=r"n_sink=8, sink_order='kept'"):
             ChatSession(llm, system="Be brief.")
-    fitting = LMInfConfig(n_sink=9, n_window=256, n_clamp=264, sink_order="kept")
+    fitting = LMInfConfig(n_sink=8, n_window=256, n_clamp=263, sink_order="kept")
     with Llama(default_model, lminf=fitting) as llm, ChatSession(llm, system="Be brief.") as session:
         session.send("Hello!", stream=False, max_tokens=2)
     with Llama(default_model) as llm, pytest.raises(ConfigError, match="LMInfConfig"):
@@ -420,7 +421,7 @@ def test_wrong_input(default_model: Path, real: ChatSession) -> None:
     with pytest.raises(TypeError, match=r"send\(\) got an unexpected keyword argument 'tools'"):
         real.send("Hello!", tools=[])  # type: ignore[call-overload]
     with pytest.raises(ConfigError, match="grammar"):
-        real.send("Hello!", grammar="root ::= ")
+        real.send("Hello!", grammar="root ::= [")
     with pytest.raises(TypeError):
         real.send(5)  # type: ignore[call-overload]
     assert real.messages == before
