@@ -12,6 +12,9 @@ from lminf_edge._params import batch_sizes, to_params
 from lminf_edge.errors import ConfigError
 from lminf_edge.gguf_file import check_gguf_file
 
+N_BLOCK = 64
+"""Default of n_block where the clamp has room for it."""
+
 if TYPE_CHECKING:
     from lminf_edge.config import LMInfConfig
 
@@ -45,15 +48,18 @@ def with_largest_window(
         except ConfigError:  # too large for the model, or for the other parameters
             return False
 
-    smallest = _smallest_window(config)
-    needed = n_bytes(smallest)
-    if needed > kv_bytes:
-        raise ConfigError(f"kv_bytes = {kv_bytes:,}: even the smallest window needs {needed:,} bytes with this model")
-    low, high = smallest, max(smallest, model.n_ctx_train) + 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return _with_window(config, low)
+    smallest, regular = _smallest_window(config), _first_regular_window(config, model.n_ctx_train)
+    if fits(regular):
+        low, high = regular, max(regular, model.n_ctx_train) + 1
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if fits(middle) else (low, middle)
+        return _with_window(config, low)
+    for n_window in range(regular - 1, smallest - 1, -1):
+        if fits(n_window):
+            return _with_window(config, n_window)
+    needed = min(map(n_bytes, range(smallest, regular + 1)))
+    raise ConfigError(f"kv_bytes = {kv_bytes:,}: even the smallest cache needs {needed:,} bytes with this model")
 
 
 def _with_window(config: LMInfConfig, n_window: int) -> LMInfConfig:
@@ -67,4 +73,19 @@ def _smallest_window(config: LMInfConfig) -> int:
     """A block is not longer than the clamp, which depends on the window unless it is given."""
     if config.n_block is None or config.n_clamp is not None:
         return 1
-    return max(1, config.n_block - (config.n_sink - 1 if config.sink_order == "kept" else 0))
+    return max(1, config.n_block - _n_beyond_window(config))
+
+
+def _first_regular_window(config: LMInfConfig, n_ctx_train: int) -> int:
+    """From here on a larger window takes more memory: blocks are not shortened any more to fit the clamp.
+
+    Shorter blocks mean more copies of the sink tokens.
+    """
+    if config.n_block is not None or config.n_clamp is not None:
+        return _smallest_window(config)
+    return max(1, min(N_BLOCK - _n_beyond_window(config), n_ctx_train))
+
+
+def _n_beyond_window(config: LMInfConfig) -> int:
+    """How much longer than the window the clamp is by default."""
+    return config.n_sink - 1 if config.sink_order == "kept" else 0

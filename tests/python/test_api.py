@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -245,7 +246,25 @@ def test_memory_stats_tell_where_the_sequence_stands(tiny: Llama) -> None:
     assert 0 < stats.n_evicted <= 500 - 4 - 32
     assert stats.sink_distance is not None and stats.sink_distance <= 32
     assert stats.n_placements > 0
-    assert stats.resident_bytes > 0
+    assert 0 < stats.resident_bytes
+    assert stats.peak_resident_bytes is None or stats.peak_resident_bytes >= 0.9 * stats.resident_bytes
+    assert (empty.window_fill, stats.window_fill) == (0, 1)
+    assert empty.tokens_per_second is empty.latency_p50 is empty.latency_p99 is None
+
+
+def test_memory_stats_tell_how_long_tokens_took(tiny: Llama) -> None:
+    for _ in tiny.generate([5, 6, 7], max_tokens=50, stop_at_end=False):
+        time.sleep(0.002)  # the caller's time does not count
+    stats = tiny.memory_stats()
+    assert stats.latency_p50 is not None and stats.latency_p99 is not None and stats.tokens_per_second is not None
+    assert 0 < stats.latency_p50 <= stats.latency_p99
+    assert stats.latency_p50 < 1 < stats.tokens_per_second
+
+
+def test_a_plain_context_fills_up(head_32: TinyModel) -> None:
+    with Llama(head_32.path, n_threads=1) as llm:
+        llm.eval(random_tokens(64, seed=3))
+        assert llm.memory_stats().window_fill == 64 / 256
 
 
 def test_a_model_without_sink_tokens_has_no_sink_distance(head_32: TinyModel) -> None:
