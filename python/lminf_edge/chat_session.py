@@ -460,6 +460,8 @@ class ChatSession:
             before_append=lambda: self._forget(sequence.n_past + 1),
             turn=turn,
         )
+        remembered = self._conversation.unread(0)
+        sampler.accept(np.array(remembered[: len(remembered) - len(prompt)], np.int32))  # for the penalties
         steps = draw_tokens(sequence, np.array(prompt, np.int32), sampler, drawing)
         try:
             for piece in write_text(steps, options):
@@ -483,6 +485,8 @@ class ChatSession:
                 self._conversation.place()
                 sequence.truncate(0)
             self._end_answer()
+            if sequence.n_past <= len(self._conversation.pinned):
+                self._conversation.place()  # an interrupted recurrent model has lost its sequence
             yield self._turn
 
     def _end_answer(self) -> None:

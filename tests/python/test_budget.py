@@ -20,9 +20,7 @@ def kv_bytes(model: Path, config: LMInfConfig, cache_type: str, **options: Any) 
 
 @pytest.mark.parametrize("cache_type", ["f32", "f16", "q8_0", "q4_0"])
 @pytest.mark.parametrize("name", ["head_32", "head_64", "gemma3", "gemma4"])
-def test_tiny_models(
-    request: pytest.FixtureRequest, tmp_path: Path, name: str, cache_type: str, tiny_budgets: tuple[int, ...]
-) -> None:
+def test_tiny_models(request: pytest.FixtureRequest, tmp_path: Path, name: str, cache_type: str) -> None:
     if name in SLIDING_AND_FULL:
         path = write_tiny_model(tmp_path / "model.gguf", SLIDING_AND_FULL[name], seed=1).path
     else:
@@ -30,18 +28,13 @@ def test_tiny_models(
         path = model.path
     options: dict[str, Any] = {"n_ubatch": 16}
     smallest = kv_bytes(path, LMInfConfig(n_window=1, n_rollback=4), cache_type, **options)
-    for extra in tiny_budgets:
+    for extra in (0, 1_000_000_000):
         config = LMInfConfig.from_budget(path, smallest + extra, cache_type, n_rollback=4, **options)
         assert config.n_window is not None
         assert kv_bytes(path, config, cache_type, **options) <= smallest + extra
         assert does_not_fit(path, replace(config, n_window=config.n_window + 1), cache_type, smallest + extra, options)
     with pytest.raises(ConfigError, match=f"needs {smallest:,} bytes"):
         LMInfConfig.from_budget(path, smallest - 1, cache_type, n_rollback=4, **options)
-
-
-@pytest.fixture
-def tiny_budgets() -> tuple[int, ...]:
-    return (0, 1_000_000_000)
 
 
 def does_not_fit(model: Path, config: LMInfConfig, cache_type: str, budget: int, options: dict[str, Any]) -> bool:
@@ -75,8 +68,9 @@ def test_wrong_input(default_model: Path, tmp_path: Path) -> None:
         LMInfConfig.from_budget(default_model, 10**9, n_window=5)
     with pytest.raises(TypeError):
         LMInfConfig.from_budget(default_model, 10**9, n_windows=5)
-    for arguments in ((-1, "f16"), (10**9, "q9_0"), (1.5, "f16"), (1000, "f16")):
+    wrong: list[tuple[Any, str]] = [(-1, "f16"), (10**9, "q9_0"), (1.5, "f16"), (1000, "f16")]
+    for arguments in wrong:
         with pytest.raises(ConfigError):
-            LMInfConfig.from_budget(default_model, *arguments)  # type: ignore[arg-type]
+            LMInfConfig.from_budget(default_model, *arguments)
     with pytest.raises(ModelLoadError):
         LMInfConfig.from_budget(tmp_path / "missing.gguf", 10**9)

@@ -275,9 +275,10 @@ def test_the_same_seed_answers_the_same(real: ChatSession) -> None:
 
 def test_nothing_to_take_back(real: ChatSession) -> None:
     real.reset()
-    for method in (real.regenerate, lambda: real.edit("text")):
-        with pytest.raises(StateError, match="nothing has been said"):
-            method()
+    with pytest.raises(StateError, match="nothing has been said"):
+        real.regenerate()
+    with pytest.raises(StateError, match="nothing has been said"):
+        real.edit("text")
 
 
 # --- answers that end early
@@ -361,6 +362,15 @@ def test_answers_end_where_they_should(real: ChatSession) -> None:
     assert looping["choices"][0]["finish_reason"] == "stop"
 
 
+def test_penalties_count_what_is_remembered(real: ChatSession) -> None:
+    real.reset()
+    options: dict[str, Any] = {"stream": False, "max_tokens": 8, "temperature": 0, "grammar": 'root ::= "blue" | "red"'}
+    first = real.send("Say a colour.", **options)["choices"][0]["message"]["content"]
+    other = {"blue": "red", "red": "blue"}[first]
+    penalty: dict[str, Any] = {"presence_penalty": 50.0, "penalty_last_n": 256}
+    assert real.send("Go on.", **options, **penalty)["choices"][0]["message"]["content"] == other
+
+
 def test_asyncio(real: ChatSession) -> None:
     real.reset()
 
@@ -412,12 +422,15 @@ def test_a_llama_whose_sink_tokens_do_not_fit_is_refused_with_what_would(default
 
 
 def test_wrong_input(default_model: Path, real: ChatSession) -> None:
-    for options in ({"n_windows": 5}, {"tools": "weather"}, {"system": 5}):
+    wrong_types: list[dict[str, Any]] = [{"n_windows": 5}, {"tools": "weather"}, {"system": 5}]
+    for options in wrong_types:
         with pytest.raises(TypeError):
-            ChatSession.open(default_model, **options)  # type: ignore[arg-type]
-    for options in ({"n_window": 0}, {"lminf": LMInfConfig()}, {"system": "word " * 9000}, {"n_ctx": 512}):
+            ChatSession.open(default_model, **options)
+    wrong: list[dict[str, Any]]
+    wrong = [{"n_window": 0}, {"lminf": LMInfConfig()}, {"system": "word " * 9000}, {"n_ctx": 512}]
+    for options in wrong:
         with pytest.raises(ConfigError):
-            ChatSession.open(default_model, **options)  # type: ignore[arg-type]
+            ChatSession.open(default_model, **options)
     before = real.messages
     with pytest.raises(TypeError, match=r"send\(\) got an unexpected keyword argument 'tools'"):
         real.send("Hello!", tools=[])  # type: ignore[call-overload]
