@@ -122,10 +122,17 @@ def default_model_path(progress: Progress | None = None) -> Path:
     Raises:
         ModelLoadError: It cannot be fetched or stored, or is not what was published.
     """
-    path = cache_path() / DEFAULT_MODEL.file_name
-    if not _has_size(path, DEFAULT_MODEL.gguf_bytes):
+    path = cached_default_model()
+    if path is None:
+        path = cache_path() / DEFAULT_MODEL.file_name
         _fetch(DEFAULT_MODEL, path, progress or (lambda _done, _total: None))
     return path
+
+
+def cached_default_model() -> Path | None:
+    """The default model if it is in the cache folder."""
+    path = cache_path() / DEFAULT_MODEL.file_name
+    return path if _has_size(path, DEFAULT_MODEL.gguf_bytes) else None
 
 
 def _has_size(path: Path, n_bytes: int) -> bool:

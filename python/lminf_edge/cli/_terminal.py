@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import os
+import re
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +13,18 @@ from typing import ParamSpec, TypeVar
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.text import Text
 
 from lminf_edge.errors import ConfigError, LMInfError
 from lminf_edge.models import resolve_model
@@ -27,6 +41,8 @@ messages = Console(stderr=True, highlight=False)
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def with_exit_codes(command: Callable[_P, _R]) -> Callable[_P, _R]:
@@ -49,35 +65,80 @@ def with_exit_codes(command: Callable[_P, _R]) -> Callable[_P, _R]:
     return wrapped
 
 
+def write_text(text: str) -> None:
+    """A piece of a model's text on standard output, at once.
+
+    A terminal gets no control characters but line feeds and tabs: a model's text must not move its cursor or set its
+    title. Files and pipes get the text as it is.
+    """
+    sys.stdout.write(without_control(text) if sys.stdout.isatty() else text)
+    sys.stdout.flush()
+
+
+def without_control(text: str) -> str:
+    """A text without the characters that would control a terminal; line feeds and tabs stay."""
+    return _CONTROL.sub("", text)
+
+
 def find_model(spec: str | None) -> Path:
     """`resolve_model` with a progress bar while something is downloaded.
 
     Raises:
         ModelLoadError: There is no such model.
     """
-    with _download_bar("default model") as progress:
-        return resolve_model(spec, progress)
-
-
-@contextmanager
-def _download_bar(name: str) -> Iterator[Callable[[int, int], None]]:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=messages, transient=True) as bar:
+    if not _draws_bars():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # huggingface_hub draws its own
+    with _bar(DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()) as bar:
         task = None
 
         def progress(done: int, total: int) -> None:
             nonlocal task
             if task is None:
-                task = bar.add_task(f"downloading the {name}", total=total)
+                task = bar.add_task("downloading the default model", total=total)
             bar.update(task, completed=done)
 
-        yield progress
+        return resolve_model(spec, progress)
+
+
+@contextmanager
+def loading_bar(name: str) -> Iterator[Callable[[float], None]]:
+    """A bar for a model that is being loaded; yields what to call with the loaded fraction."""
+    with _bar(TaskProgressColumn(), TimeRemainingColumn()) as bar:
+        task = bar.add_task(f"loading {name}", total=1.0)
+        yield lambda fraction: bar.update(task, completed=fraction)
+
+
+@contextmanager
+def reading_bar(n_tokens: int) -> Iterator[Callable[[int], None]]:
+    """A bar for a prompt that is being read; yields what to call with the number of tokens read so far."""
+    with _bar(_TokensColumn(), _TokenRateColumn(), TimeRemainingColumn()) as bar:
+        task = bar.add_task("reading", total=n_tokens)
+        yield lambda n_read: bar.update(task, completed=n_read)
+
+
+def _draws_bars() -> bool:
+    return messages.is_terminal and not messages.is_dumb_terminal
+
+
+def _bar(*columns: ProgressColumn) -> Progress:
+    return Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        *columns,
+        console=messages,
+        transient=True,
+        disable=not _draws_bars(),
+    )
+
+
+class _TokensColumn(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.completed:,.0f}/{task.total or 0:,.0f} tokens")
+
+
+class _TokenRateColumn(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text("" if task.speed is None else f"{task.speed:,.0f} tokens/s")
 
 
 def _plain(error: Exception) -> str:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from typing import Annotated
 
 import typer
 
 from lminf_edge import __version__
 from lminf_edge.cli.demo import demo
+from lminf_edge.cli.doctor import doctor
+from lminf_edge.cli.generate import generate
 
 app = typer.Typer(
     name="lminf-edge",
@@ -16,6 +20,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("demo")(demo)
+app.command("generate")(generate)
+app.command("doctor")(doctor)
 
 
 def _show_version(wanted: bool) -> None:
@@ -35,4 +41,7 @@ def _options(
 
 def main() -> None:
     """Runs the command with the process's arguments and exits."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a model's text may hold what the terminal's encoding does not
     app(prog_name="lminf-edge")

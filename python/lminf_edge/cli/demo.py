@@ -10,8 +10,8 @@ from typing import Annotated
 import typer
 
 from lminf_edge.cli._demo_screen import DemoScreen
+from lminf_edge.cli._options import AsJson, ModelOptions, WindowOptions, with_option_groups
 from lminf_edge.cli._terminal import find_model, messages, output, with_exit_codes
-from lminf_edge.config import LMInfConfig
 from lminf_edge.errors import ConfigError
 from lminf_edge.evaluation.comparison import Comparison, Reading
 from lminf_edge.evaluation.reader import ReaderOptions, StreamReader
@@ -24,40 +24,34 @@ N_UBATCH = 256  # half of llama.cpp's default: as fast, and half of the memory f
 
 
 @with_exit_codes
+@with_option_groups
 def demo(
-    model: Annotated[
-        str | None,
-        typer.Option(help="GGUF file, or owner/repository/file.gguf on Hugging Face. Default: SmolLM2-135M-Instruct."),
-    ] = None,
+    *,
     text: Annotated[str | None, typer.Option(help="Text file to read. Default: Python's documentation.")] = None,
     tokens: Annotated[int, typer.Option(min=64, help="Tokens to read.")] = 12288,
     story: Annotated[int, typer.Option(min=0, help="Tokens to write afterwards.")] = 200,
-    n_sink: Annotated[int, typer.Option(help="Sink tokens: first tokens that are never evicted.")] = 4,
-    n_window: Annotated[
-        int | None, typer.Option(help="Local window in tokens. Default: an eighth of the trained length, at most 1024.")
-    ] = None,
-    n_clamp: Annotated[int | None, typer.Option(help="Largest RoPE distance. Default: the window.")] = None,
-    n_block: Annotated[int | None, typer.Option(help="Positions between placements of the sink tokens.")] = None,
-    cache_type: Annotated[str, typer.Option(help="Type of cached keys and values: f16, q8_0, q4_0 ...")] = "f16",
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads. Default: the usable physical cores.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the measurements as JSON.")] = False,
+    as_json: AsJson = False,
+    model: ModelOptions,
+    window: WindowOptions,
 ) -> None:
-    """Reads a long text with LM-Infinite, then with full attention, and writes a story on."""
-    path = find_model(model)
+    """Reads a long text with LM-Infinite, then with full attention, and writes a story on.
+
+    The window is an eighth of the trained length, at most 1024, unless you choose another one.
+    """
+    path = find_model(model.model)
+    config = window.config()
     tokenized = tokenize_text(path, text_file(text) if text else python_documentation())
     if len(tokenized.tokens) < tokens:
         raise ConfigError(f"--tokens {tokens}: the text has only {len(tokenized.tokens)} tokens")
+    if config.n_window is None:
+        config = replace(config, n_window=max(1, min(1024, tokenized.n_ctx_train // 8)))
     options = ReaderOptions(
         model_path=path,
-        lminf=LMInfConfig(
-            n_sink=n_sink,
-            n_window=max(1, min(1024, tokenized.n_ctx_train // 8)) if n_window is None else n_window,
-            n_clamp=n_clamp,
-            n_block=n_block,
-        ),
+        lminf=config,
         n_ubatch=N_UBATCH,
-        n_threads=threads,
-        cache_type=cache_type,
+        n_threads=model.threads,
+        n_gpu_layers=model.gpu_layers,
+        cache_type=model.cache_type,
     )
     comparison = Comparison(tokens, tokenized.n_ctx_train, bucket=max(1, min(2048, tokenized.n_ctx_train // 4)))
     _compare(tokenized.tokens[:tokens], story, options, comparison, as_json)

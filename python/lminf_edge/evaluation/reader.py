@@ -40,6 +40,7 @@ class ReaderOptions:
     n_ctx: int | None = None
     n_ubatch: int | None = None
     n_threads: int | None = None
+    n_gpu_layers: int = 0
     cache_type: str = "f16"
 
 
@@ -185,6 +186,7 @@ def _open(options: ReaderOptions) -> Llama:
         n_ctx=options.n_ctx,
         n_ubatch=options.n_ubatch,
         n_threads=options.n_threads,
+        n_gpu_layers=options.n_gpu_layers,
         cache_type_k=options.cache_type,
         cache_type_v=options.cache_type,
     )
