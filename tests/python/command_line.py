@@ -49,7 +49,7 @@ class Terminal:
 
         pid, self._fd = pty.fork()
         if pid == 0:
-            env = {**os.environ, "TERM": "xterm-256color", "PROMPT_TOOLKIT_NO_CPR": "1", **environment}
+            env = {**os.environ, "TERM": "xterm-256color", **environment}
             os.execve(COMMAND[0], [*COMMAND, *arguments], env)
         self._pid = pid
         fcntl.ioctl(self._fd, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
@@ -94,6 +94,8 @@ class Terminal:
         except OSError:  # the other side is closed
             return False
         self.raw += data.decode(errors="replace")
+        if b"\x1b[6n" in data:  # asks where the cursor is
+            os.write(self._fd, b"\x1b[20;1R")
         return bool(data)
 
     def __enter__(self) -> Terminal:

@@ -158,6 +158,20 @@ def test_bad_standard_input_is_refused(default_model: Path) -> None:
         assert finished.stderr.count("\n") == 1
 
 
+def test_a_full_disk_and_missing_streams_are_no_tracebacks(default_model: Path) -> None:
+    command = [*COMMAND, "generate", "Hello", "--max-tokens", "2"]
+    if Path("/dev/full").exists():
+        with Path("/dev/full").open("w") as full:
+            finished = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+        assert finished.returncode == 1
+        assert finished.stderr.startswith("error: ") and finished.stderr.count("\n") == 1
+    without_input = subprocess.run(
+        ["sh", "-c", '"$@" <&-', "sh", *COMMAND, "generate"], stderr=subprocess.PIPE, text=True
+    )
+    assert without_input.returncode == 2
+    assert without_input.stderr.count("\n") == 1
+
+
 def test_the_shells_get_completions() -> None:
     finished = subprocess.run(
         [*COMMAND, "--show-completion", "bash"], capture_output=True, text=True, env={**os.environ, "SHELL": "bash"}

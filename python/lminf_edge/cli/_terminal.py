@@ -6,13 +6,13 @@ import functools
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -42,6 +42,9 @@ messages = Console(stderr=True, highlight=False)
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
+_N_SHORT = 256
+"""A prompt of fewer tokens is read too quickly for a progress bar."""
+
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
@@ -56,6 +59,11 @@ def with_exit_codes(command: Callable[_P, _R]) -> Callable[_P, _R]:
             messages.print("[bold red]wrong usage:[/bold red]", _plain(error), soft_wrap=True)
             raise typer.Exit(USAGE) from error
         except LMInfError as error:
+            messages.print("[bold red]error:[/bold red]", _plain(error), soft_wrap=True)
+            raise typer.Exit(FAILURE) from error
+        except BrokenPipeError:  # whoever read the output has enough; typer ends the process quietly
+            raise
+        except OSError as error:
             messages.print("[bold red]error:[/bold red]", _plain(error), soft_wrap=True)
             raise typer.Exit(FAILURE) from error
         except KeyboardInterrupt as error:
@@ -109,19 +117,44 @@ def loading_bar(name: str) -> Iterator[Callable[[float], None]]:
 
 
 @contextmanager
-def reading_bar(n_tokens: int) -> Iterator[Callable[[int], None]]:
-    """A bar for a prompt that is being read; yields what to call with the number of tokens read so far."""
+def reading_bar(n_tokens: int, n_read: Callable[[], int]) -> Iterator[None]:
+    """A bar for a prompt that is being read; none for one that is read in no time.
+
+    Args:
+        n_tokens: Length of the prompt.
+        n_read: How many tokens have been read by now; called from another thread.
+    """
+    if n_tokens < _N_SHORT:
+        yield
+        return
     with _bar(_TokensColumn(), _TokenRateColumn(), TimeRemainingColumn()) as bar:
         task = bar.add_task("reading", total=n_tokens)
-        yield lambda n_read: bar.update(task, completed=n_read)
+        bar.before_drawing = lambda: bar.update(task, completed=min(n_tokens, max(0, n_read())))
+        yield
+
+
+class _Bar(Progress):
+    """A progress bar that can look at what it shows by itself.
+
+    Attributes:
+        before_drawing: Called each time that the bar is drawn.
+    """
+
+    before_drawing: Callable[[], object] | None = None
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """See `Progress`."""
+        if self.before_drawing is not None:
+            self.before_drawing()
+        return super().get_renderables()
 
 
 def _draws_bars() -> bool:
     return messages.is_terminal and not messages.is_dumb_terminal
 
 
-def _bar(*columns: ProgressColumn) -> Progress:
-    return Progress(
+def _bar(*columns: ProgressColumn) -> _Bar:
+    return _Bar(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         *columns,

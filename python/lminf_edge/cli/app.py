@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from lminf_edge import __version__
+from lminf_edge.cli.chat import chat
 from lminf_edge.cli.demo import demo
 from lminf_edge.cli.doctor import doctor
 from lminf_edge.cli.generate import generate
@@ -20,6 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("demo")(demo)
+app.command("chat")(chat)
 app.command("generate")(generate)
 app.command("doctor")(doctor)
 
@@ -41,6 +45,9 @@ def _options(
 
 def main() -> None:
     """Runs the command with the process's arguments and exits."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # the process was started without it
+            setattr(sys, name, Path(os.devnull).open(mode))  # noqa: SIM115  # for as long as the process lives
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a model's text may hold what the terminal's encoding does not

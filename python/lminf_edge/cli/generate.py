@@ -95,8 +95,8 @@ class _Written:
 
 
 def _write_on(llm: Llama, tokens: list[int], options: TextOptions, as_json: bool) -> None:
-    with reading_bar(len(tokens)) as show_read:
-        pieces = llm._write(tokens, replace(options, check=lambda: show_read(llm.n_past)))
+    pieces = llm._write(tokens, options)
+    with reading_bar(len(tokens), lambda: llm.n_past):
         first = next(pieces)
     written = _show(chain([first], pieces), as_text=not as_json)
     if as_json:
