@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import json
 import signal
 import sys
+import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from command_line import Terminal, run, start
-from lminf_edge.cli._markdown import split_complete
+from lminf_edge.cli._markdown import MarkdownStream, split_complete
 from lminf_edge.cli.app import app
 
 GREEDY = ("--temperature", "0", "--threads", "1")
@@ -188,6 +192,11 @@ def test_a_message_may_have_several_lines(terminal: Terminal) -> None:
     terminal.press("/system\r")
     terminal.wait_for(r"Answer in one word\.\s+Always\.")
     terminal.wait_for("tokens remembered")
+    terminal.press("/system \x1b[200~Pasted\nlines.\x1b[201~\r")  # as terminals mark what was pasted
+    terminal.wait_for("tokens remembered")
+    terminal.press("/system\r")
+    terminal.wait_for(r"Pasted\s+lines\.")
+    terminal.wait_for("tokens remembered")
 
 
 @needs_terminal
@@ -218,3 +227,24 @@ def test_a_block_is_complete_when_the_next_one_begins() -> None:
         "| a |\n|---|\n| 1 |",
         "last",
     ]
+
+
+def test_each_block_is_shown_once_and_without_empty_lines_around_it() -> None:
+    text = "# Title\n\none\n\n- a\n- b\n\nlast **word**"
+    console = Console(file=io.StringIO(), width=40, height=10)
+    with MarkdownStream(console) as shown:
+        for letter in text:
+            shown.feed(letter, "status")
+            time.sleep(0.004)
+    assert isinstance(console.file, io.StringIO)
+    lines = [line.strip() for line in console.file.getvalue().splitlines()]
+    assert [line for line in lines if line and line != "status"] == [
+        "Title",
+        "one",
+        "\u2022 a",
+        "\u2022 b",
+        "last word",
+    ]
+    assert lines[0]
+    assert lines[-1]
+    assert not any(not one and not two for one, two in pairwise(lines))

@@ -47,7 +47,7 @@ class MarkdownStream:
     ) -> None:
         self._live.stop()
         if self._text.strip():
-            self._console.print(Markdown(self._text))
+            self._console.print(_Block(self._text))
 
     def feed(self, text: str, status: str) -> None:
         """Some more of the text.
@@ -62,10 +62,10 @@ class MarkdownStream:
             return
         self._drawn = now
         complete, self._text = split_complete(self._text)
-        last = _LastLines(Markdown(self._text))
+        last = _Block(self._text, n_lines=max(1, self._console.size.height - 2))
         self._live.update(Group(last, Text(status, style="dim", no_wrap=True, overflow="ellipsis")))
         if complete.strip():
-            self._console.print(Markdown(complete), "", sep="\n")
+            self._console.print(_Block(complete), "", sep="\n")
         self._live.refresh()
 
 
@@ -78,14 +78,24 @@ def split_complete(text: str) -> tuple[str, str]:
     return "\n".join(lines[: begins[-1]]) + "\n", "\n".join(lines[begins[-1] :])
 
 
-class _LastLines:
-    """As many of the last lines of something as fit on the screen, with one line left."""
+class _Block:
+    """Markdown without empty lines around it; of a long one that still grows, the last lines."""
 
-    def __init__(self, content: Markdown) -> None:
-        self._content = content
+    def __init__(self, text: str, n_lines: int | None = None) -> None:
+        self._text = text
+        self._n_lines = n_lines
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        lines = console.render_lines(self._content, options.update(height=None), pad=False)
-        for line in lines[-max(1, console.size.height - 2) :]:
+        lines = console.render_lines(Markdown(self._text), options.update(height=None), pad=False)
+        while lines and _is_empty(lines[0]):
+            del lines[0]
+        while lines and _is_empty(lines[-1]):
+            del lines[-1]
+        for line in lines[-self._n_lines :] if self._n_lines else lines:
             yield from line
             yield Segment.line()
+
+
+def _is_empty(line: list[Segment]) -> bool:
+    """Nothing is to be seen in it, not even a background."""
+    return not any(segment.text.strip() or (segment.style and segment.style.bgcolor) for segment in line)
