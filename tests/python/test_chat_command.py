@@ -74,6 +74,9 @@ def test_a_saved_conversation_goes_on_in_another_process(default_model: Path, tm
         (b"/regenerate now\n", 2, "/regenerate"),
         (b"/regenerate\n", 1, ""),
         (b"/load missing.state\n", 1, "missing.state"),
+        (b"/load ~nobody-of-this-name/x\n", 2, "~nobody-of-this-name"),
+        (b"/save a\0b\n", 2, "zero"),
+        (b"/save /no/such/folder/x\n", 1, "/no/such/folder"),
         (b"caf\xe9\n", 1, "standard input is no UTF-8"),
     ],
 )
@@ -136,7 +139,7 @@ def terminal(default_model: Path, tmp_path_factory: pytest.TempPathFactory) -> I
 def test_ctrl_c_stops_the_answer_and_not_the_program(terminal: Terminal) -> None:
     terminal.press("Tell me a very long story.\r")
     terminal.wait_for("[1-9][0-9]* tokens . Ctrl-C stops")
-    terminal.press("\x03")
+    terminal.press("\x03\x03\x03")
     terminal.wait_for(r"\(stopped\)")
     terminal.wait_for("tokens remembered")
     terminal.press("\x03")

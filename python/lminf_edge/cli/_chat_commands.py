@@ -113,11 +113,11 @@ class ChatCommands:
         self._view.show_note("a new conversation")
 
     def _save(self, path: str) -> None:
-        self.session.save_state(Path(path).expanduser())
+        self.session.save_state(_path(path))
         self._view.show_note(f"saved in {path}")
 
     def _load(self, name: str) -> None:
-        path = Path(name).expanduser()
+        path = _path(name)
         try:
             self.session.load_state(path)
         except StateError:  # its system prompt may have another length
@@ -139,3 +139,12 @@ class ChatCommands:
     def _go_on_with(self, session: ChatSession) -> None:
         self.session.close()
         self.session = session
+
+
+def _path(name: str) -> Path:
+    if "\0" in name:
+        raise ConfigError("a path holds no zero characters")
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"{name}: {error}") from error

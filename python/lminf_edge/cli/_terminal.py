@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import ParamSpec, TypeVar
 
 import typer
@@ -71,6 +73,31 @@ def with_exit_codes(command: Callable[_P, _R]) -> Callable[_P, _R]:
             raise typer.Exit(INTERRUPTED) from error
 
     return wrapped
+
+
+@contextmanager
+def ignoring_ctrl_c() -> Iterator[None]:
+    """Ctrl-C does nothing but within `heeding_ctrl_c`."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def heeding_ctrl_c() -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt, once: whoever presses it again does not disturb what follows on the first."""
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def write_text(text: str) -> None:

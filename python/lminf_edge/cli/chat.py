@@ -14,7 +14,14 @@ from lminf_edge.cli._chat_commands import ChatCommands
 from lminf_edge.cli._chat_input import KEYS, ChatInput, LineInput, TerminalInput
 from lminf_edge.cli._chat_views import ChatView, JsonView, TerminalView, TextView
 from lminf_edge.cli._options import AsJson, CompletionOptions, ModelOptions, Window, with_option_groups
-from lminf_edge.cli._terminal import find_model, loading_bar, messages, with_exit_codes
+from lminf_edge.cli._terminal import (
+    find_model,
+    heeding_ctrl_c,
+    ignoring_ctrl_c,
+    loading_bar,
+    messages,
+    with_exit_codes,
+)
 from lminf_edge.completion import N_TOKENS_CHAT
 from lminf_edge.completion_types import AnswerParams
 from lminf_edge.errors import ConfigError, LMInfError
@@ -51,7 +58,9 @@ def chat(
     try:
         if sys.stdin.isatty():
             messages.print(f"{path.name}. {KEYS} /help lists commands.", style="dim", markup=False)
-        _run(commands, _input(commands), view)
+            _run_interactively(commands, _input(commands), view)
+        else:
+            _run(commands, LineInput())
     finally:
         commands.session.close()
 
@@ -73,35 +82,37 @@ class _Maker:
             return ChatSession.resume(self.model, path, progress=progress, **options)
 
 
-def _run(commands: ChatCommands, source: ChatInput, view: ChatView) -> None:
-    """Reads and answers until the end. Errors and Ctrl-C end the program only if nobody is there to go on."""
-    is_interactive = sys.stdin.isatty()
-    while not commands.ended:
-        try:
-            line = source.read()
+def _run(commands: ChatCommands, source: ChatInput) -> None:
+    """Reads and answers until the end, or until something goes wrong."""
+    while not commands.ended and (line := source.read()) is not None:
+        commands.handle(line)
+
+
+def _run_interactively(commands: ChatCommands, source: ChatInput, view: ChatView) -> None:
+    """The same with somebody there to go on after errors and Ctrl-C."""
+    with ignoring_ctrl_c():
+        while not commands.ended:
+            try:
+                with heeding_ctrl_c():
+                    line = source.read()
+            except KeyboardInterrupt:
+                view.show_note("Ctrl-D or /quit ends the conversation.")
+                continue
             if line is None:
                 return
-        except KeyboardInterrupt:
-            if not is_interactive:
-                raise
-            view.show_note("Ctrl-D or /quit ends the conversation.")
-            continue
-        try:
-            commands.handle(line)
-        except LMInfError as error:
-            if not is_interactive:
-                raise
-            view.show_note(f"error: {error}")
-        except KeyboardInterrupt:
-            if not is_interactive:
-                raise
-            view.show_note("(stopped)")
+            try:
+                with heeding_ctrl_c():
+                    commands.handle(line)
+            except KeyboardInterrupt:
+                view.show_note("(stopped)")
+            except LMInfError as error:
+                view.show_note(f"error: {error}")
 
 
 def _input(commands: ChatCommands) -> ChatInput:
-    if sys.stdin.isatty() and sys.stdout.isatty():
-        return TerminalInput(commands.names, lambda: _status(commands.session))
-    return LineInput()
+    if not sys.stdout.isatty():
+        return LineInput()
+    return TerminalInput(commands.names, lambda: _status(commands.session))
 
 
 def _view(as_json: bool) -> ChatView:
