@@ -13,8 +13,8 @@ from lminf_edge.llama import Llama
 from lminf_edge.records import TextPiece
 from lminf_edge.text_generation import TextOptions
 
-_N_READ = 4096
 _N_WAITING = 16
+"""Pieces that are read ahead."""
 
 
 class Follower:
@@ -72,7 +72,7 @@ class Follower:
             self._llm.truncate(n_past)
 
 
-def read_with_pauses(file_descriptor: int, pause: float) -> Iterator[str | None]:
+def read_with_pauses(file_descriptor: int, pause: float, n_bytes: int = 4096) -> Iterator[str | None]:
     """A file that grows, as text: whole lines as far as they are there.
 
     It is read in a thread, which waits when what it has read is not fetched.
@@ -80,12 +80,13 @@ def read_with_pauses(file_descriptor: int, pause: float) -> Iterator[str | None]
     Args:
         file_descriptor: The file. What is no UTF-8 in it becomes U+FFFD.
         pause: Seconds.
+        n_bytes: How much to read at once; a piece is longer by an unfinished line before it at most.
 
     Returns:
         An iterator over pieces of the text; None each time that nothing has come for so long, and at the end.
     """
     chunks: queue.Queue[bytes] = queue.Queue(_N_WAITING)
-    threading.Thread(target=_read_chunks, args=(file_descriptor, chunks), daemon=True).start()
+    threading.Thread(target=_read_chunks, args=(file_descriptor, n_bytes, chunks), daemon=True).start()
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     line = ""
     while True:
@@ -107,11 +108,11 @@ def read_with_pauses(file_descriptor: int, pause: float) -> Iterator[str | None]
             return
 
 
-def _read_chunks(file_descriptor: int, chunks: queue.Queue[bytes]) -> None:
+def _read_chunks(file_descriptor: int, n_bytes: int, chunks: queue.Queue[bytes]) -> None:
     chunk = b"-"
     while chunk:
         try:
-            chunk = os.read(file_descriptor, _N_READ)
+            chunk = os.read(file_descriptor, n_bytes)
         except OSError:  # the writer's side broke off
             chunk = b""
         chunks.put(chunk)

@@ -147,6 +147,18 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(terminal: Terminal) -> None
 
 
 @needs_terminal
+def test_ctrl_c_stops_the_reading_of_a_long_message(terminal: Terminal) -> None:
+    terminal.press(f"\x1b[200~{'word ' * 700}\x1b[201~\r")
+    terminal.wait_for(r"reading .* 256/70\d tokens")
+    terminal.press("\x03")
+    terminal.wait_for(r"\(stopped\)")
+    terminal.wait_for("tokens remembered")
+    terminal.press("/new\r")
+    terminal.wait_for("a new conversation")
+    terminal.wait_for("tokens remembered")
+
+
+@needs_terminal
 def test_commands_are_answered_and_errors_do_not_end_the_program(terminal: Terminal, tmp_path: Path) -> None:
     terminal.press("/help\r")
     terminal.wait_for("/regenerate")

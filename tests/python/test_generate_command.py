@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +202,27 @@ def test_a_slow_log_is_answered_at_each_pause(default_model: Path) -> None:
     n_read = [report["usage"]["prompt_tokens"] for report in reports]
     assert 0 < n_read[0] < n_read[1] < n_read[2] < 40  # answers and questions are not among what was read
     assert all(report["usage"]["completion_tokens"] == 4 for report in reports)
+
+
+def test_a_log_without_pauses_is_answered_at_each_window(default_model: Path) -> None:
+    log = "a line of a log\n" * 60
+    arguments = ("--follow", "--max-tokens", "2", "--n-window", "100", "--json", *GREEDY)
+    reports = [json.loads(line) for line in run("generate", *arguments, given=log).stdout.splitlines()]
+    n_read = [report["usage"]["prompt_tokens"] for report in reports]
+    assert n_read[-1] > 300
+    assert all(100 <= later - earlier < 200 for earlier, later in pairwise([0, *n_read[:-1]]))
+
+
+def test_ctrl_c_ends_the_following(default_model: Path) -> None:
+    with start("generate", "--follow", "--pause", "0.1", "--max-tokens", "1") as process:
+        assert process.stdin is not None and process.stdout is not None and process.stderr is not None
+        process.stdin.write(b"text\n")
+        process.stdin.flush()
+        assert process.stdout.readline()
+        time.sleep(0.3)  # waiting for more
+        process.send_signal(signal.SIGINT)
+        assert process.stderr.read() == b"interrupted\n"
+    assert process.returncode == 130
 
 
 def test_an_answer_leaves_no_trace_in_what_is_followed(head_32: TinyModel) -> None:

@@ -116,7 +116,8 @@ def _follow(llm: Llama, question: str, options: TextOptions, pause: float, as_js
     follower = Follower(llm, question, options)
     assert llm.config is not None
     n_window = llm.config.n_window or 0  # every default is filled in
-    for text in read_with_pauses(sys.stdin.fileno(), pause):
+    n_bytes = min(4096, n_window)  # a token has a byte or more, so that no piece fills the window more than once
+    for text in read_with_pauses(sys.stdin.fileno(), pause, n_bytes):
         if text is not None:
             follower.read(text)
         if follower.n_new and (text is None or follower.n_new >= n_window):
