@@ -175,6 +175,11 @@ class _Bar(Progress):
             self.before_drawing()
         return super().get_renderables()
 
+    def stop(self) -> None:
+        """See `Progress`, which in older versions of rich prints an empty line even if it is disabled."""
+        if not self.disable:
+            super().stop()
+
 
 def _draws_bars() -> bool:
     return messages.is_terminal and not messages.is_dumb_terminal
