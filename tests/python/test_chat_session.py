@@ -411,9 +411,10 @@ def test_the_system_prompt_is_the_sink_tokens(default_model: Path) -> None:
 
 
 def test_a_llama_whose_sink_tokens_do_not_fit_is_refused_with_what_would(default_model: Path) -> None:
-    with Llama(default_model, lminf=LMInfConfig(n_window=256)) as llm:
-        with pytest.raises(ConfigError, match=r"n_sink=8, sink_order='kept'"):
-            ChatSession(llm, system="Be brief.")
+    too_few = LMInfConfig(n_window=256)
+    reason = r"n_sink=8, sink_order='kept'"
+    with Llama(default_model, lminf=too_few) as llm, pytest.raises(ConfigError, match=reason):
+        ChatSession(llm, system="Be brief.")
     fitting = LMInfConfig(n_sink=8, n_window=256, n_clamp=263, sink_order="kept")
     with Llama(default_model, lminf=fitting) as llm, ChatSession(llm, system="Be brief.") as session:
         session.send("Hello!", stream=False, max_tokens=2)
@@ -455,11 +456,13 @@ FOLDED = (  # as Gemma's: the system prompt stands in the first question
     "{% if add_generation_prompt %}<|im_start|>model\n{% endif %}"
 )
 THINKING = (  # as Qwen 3's: the last answer looks different from earlier ones
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n"
     "{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 MOVING = (  # as some of Mistral's: the system prompt stands in the last question
-    "{% for m in messages if m.role != 'system' %}[{{ messages[0].content if loop.last and messages[0].role == 'system' "
+    "{% for m in messages if m.role != 'system' %}"
+    "[{{ messages[0].content if loop.last and messages[0].role == 'system' "
     "else '' }}{{ m.content }}]{% endfor %}"
 )
 

@@ -71,7 +71,7 @@ def test_completions_find_a_common_beginning_in_a_loaded_sequence(head_32: TinyM
     with open_tiny(head_32) as llm:
         llm.load_state(tmp_path / "state")
         with llm._sequence.exclusive():
-            assert llm._sequence.keep_common_beginning(np.array(tokens[:36] + [5], np.int32)) == 36
+            assert llm._sequence.keep_common_beginning(np.array([*tokens[:36], 5], np.int32)) == 36
 
 
 def with_changed(path: Path, change: Callable[[bytearray], object]) -> Path:
