@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping
 from functools import cached_property
 from inspect import signature
@@ -52,8 +53,8 @@ class Llama(CompletionMethods):
     Args:
         model_path: A GGUF file. All other arguments are keyword-only.
         lminf: Sink tokens, window and clamp. None: plain llama.cpp.
-        n_ctx: Context length in tokens, for plain llama.cpp only; llama.cpp rounds it up to a multiple of 256. None:
-            the length that the model was trained on.
+        n_ctx: Context length in tokens, for plain llama.cpp only (with lminf a warning says so); llama.cpp rounds it
+            up to a multiple of 256. None: the length that the model was trained on.
         n_batch: Tokens handed to llama.cpp at once. None: 2048, at least n_ubatch.
         n_ubatch: Tokens computed at once (a micro-batch). None: 256, at most n_batch. It adds to the window's cells.
         n_threads: Threads for generation. None: the usable physical cores.
@@ -102,7 +103,12 @@ class Llama(CompletionMethods):
         if lminf is not None and not isinstance(lminf, LMInfConfig):
             raise ConfigError(f"lminf = {lminf!r}: must be an LMInfConfig or None")
         if lminf is not None and n_ctx is not None:
-            raise ConfigError(f"n_ctx = {n_ctx!r}: only for lminf=None; with lminf the window decides the memory")
+            check_optional_int("n_ctx", n_ctx, 1, N_CTX_MAX)
+            warnings.warn(
+                f"n_ctx = {n_ctx} has no effect with lminf: a text may have any length, and n_window decides the memory",
+                stacklevel=2,
+            )
+            n_ctx = None
         threads = check_optional_int("n_threads", n_threads, 1, 512) or default_n_threads()
         batch, ubatch = batch_sizes(n_batch, n_ubatch)
         if flash_attn is not None:

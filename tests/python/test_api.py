@@ -381,3 +381,10 @@ def log_softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
     shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
     result: npt.NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
     return result
+
+
+def test_n_ctx_says_that_it_has_no_effect_with_a_window(head_32: TinyModel) -> None:
+    with pytest.warns(UserWarning, match="n_ctx = 4096 has no effect with lminf"):
+        llm = Llama(head_32.path, lminf=WINDOW, n_ctx=4096)
+    with llm:
+        assert llm.n_ctx is None

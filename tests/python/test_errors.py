@@ -154,7 +154,7 @@ def test_a_misspelt_parameter_is_a_type_error(head_32: TinyModel) -> None:
         ({"lminf": LMInfConfig(n_block=10_000)}, "n_block"),
         ({"lminf": LMInfConfig(sink_order="kept")}, "n_clamp"),
         ({"lminf": {"n_window": 32}}, "lminf"),
-        ({"lminf": WINDOW, "n_ctx": 256}, "n_ctx = 256"),
+        ({"lminf": WINDOW, "n_ctx": 0}, "n_ctx = 0"),
         ({"n_ctx": 0}, "n_ctx = 0"),
         ({"n_ctx": 2**30}, "n_ctx = 1073741824: must be from 1 to 16777216"),
         ({"n_ctx": "256"}, "n_ctx = '256'"),

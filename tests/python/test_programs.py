@@ -14,7 +14,7 @@ COMPLETION = """
 from llama_cpp import Llama
 import sys
 
-llm = Llama(model_path=sys.argv[1], n_threads=2, seed=1, verbose=False)
+llm = Llama(model_path=sys.argv[1], n_ctx=2048, n_threads=2, seed=1, verbose=False)
 question = "Q: Which city is the capital of France? A:"
 answer = llm(question, max_tokens=12, stop=["Q:", "\\n"], echo=True, temperature=0.0)
 print(answer["choices"][0]["text"])
