@@ -105,7 +105,7 @@ class Llama(CompletionMethods):
         if lminf is not None and n_ctx is not None:
             check_optional_int("n_ctx", n_ctx, 1, N_CTX_MAX)
             warnings.warn(
-                f"n_ctx = {n_ctx} has no effect with lminf: a text may have any length, and n_window decides the memory",
+                f"n_ctx = {n_ctx} has no effect with lminf: texts have any length, and n_window decides the memory",
                 stacklevel=2,
             )
             n_ctx = None
