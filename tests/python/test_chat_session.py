@@ -428,7 +428,7 @@ def test_wrong_input(default_model: Path, real: ChatSession) -> None:
         with pytest.raises(TypeError):
             ChatSession.open(default_model, **options)
     wrong: list[dict[str, Any]]
-    wrong = [{"n_window": 0}, {"lminf": LMInfConfig()}, {"system": "word " * 9000}, {"n_ctx": 512}]
+    wrong = [{"n_window": 0}, {"lminf": LMInfConfig()}, {"system": "word " * 9000}]
     for options in wrong:
         with pytest.raises(ConfigError):
             ChatSession.open(default_model, **options)
