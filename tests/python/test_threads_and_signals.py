@@ -110,7 +110,7 @@ def test_a_signal_handler_that_uses_the_busy_object_gets_an_error(real: Llama) -
     signal.setitimer(signal.ITIMER_REAL, 0.2)
     try:
         while not errors:
-            real.eval([5] * 64)
+            real.eval([5] * 512)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
