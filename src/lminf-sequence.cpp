@@ -178,6 +178,11 @@ bool lminf_sequence::load(const std::vector<int64_t> & data) {
     for (const int64_t j : res.ring) {
         ok = ok && j >= -1 && j < res.n_past;
     }
+    // a key has one cell, or append() could find none free
+    std::vector<int64_t> keys = res.ring;
+    keys.erase(std::remove(keys.begin(), keys.end(), -1), keys.end());
+    std::sort(keys.begin(), keys.end());
+    ok = ok && std::adjacent_find(keys.begin(), keys.end()) == keys.end();
     // what the next query sees is there
     for (int64_t j = ok ? policy->window_begin(res.n_past) : 0; ok && j < res.n_past; ++j) {
         ok = !res.is_kept(j) || res.cell_of(j) >= 0;

@@ -1,7 +1,7 @@
 // Bookkeeping of one sequence in one cache: its length, which cell holds which key, what each copy of the sink tokens holds.
 //
 // Carries out lminf_policy's decisions and knows nothing of tensors or llama.cpp; lminf-kv-cache.cpp moves the data.
-// tests/cpp/test_lifetime.cpp drives it through 200 million tokens.
+// tests/cpp/test_sequence.cpp drives it through 200 million tokens.
 
 #pragma once
 
@@ -41,7 +41,8 @@ public:
     std::vector<move> compact();
 
     // The removals that are exact: the tail, as far back as everything that the next queries see is still stored (or was
-    // forgotten on purpose); the oldest part of the window behind the pinned tokens. Empty ranges are allowed too. Positions are logical, [j0, j1).
+    // forgotten on purpose); the oldest part of the window behind the pinned tokens. Empty ranges are allowed too.
+    // Positions are logical, [j0, j1).
     bool can_remove(int64_t j0, int64_t j1) const;
     void remove    (int64_t j0, int64_t j1); // after can_remove()
 

@@ -155,6 +155,27 @@ static void test_cut_after_forgetting() {
     CHECK(sliding.can_remove(23, 60)); // from here on the pinned tokens are out of sight, and the others were forgotten
 }
 
+// Saved books are the same when loaded; false ones, which would leave no cell free, are refused
+static void test_saved() {
+    const lminf_policy policy = make(4, 100, 1, 8);
+
+    lminf_sequence seq(policy);
+    for (int i = 0; i < 500; ++i) {
+        seq.append(1);
+    }
+    const auto data = seq.save();
+
+    lminf_sequence other(policy);
+    CHECK(other.load(data) && other.save() == data);
+
+    auto twice = data;
+    for (size_t i = twice.size() - size_t(policy.n_ring()); i < twice.size(); ++i) {
+        twice[i] = twice[i] < 0 ? 499 : twice[i];
+    }
+    CHECK(twice != data && !other.load(twice) && other.save() == data);
+    CHECK(!other.load({}));
+}
+
 // One token at a time, the keys stay in W + n_rollback cells: few for attention to look at
 static void test_compact() {
     const lminf_policy policy = make(4, 2048, 64, 512, 128);
@@ -211,6 +232,7 @@ int main(int argc, char ** argv) {
     test_refusals();
     test_cut_after_forgetting();
     test_compact();
+    test_saved();
 
     srand(1);
     for (const int64_t S : { 0, 1, 4, 16 }) {
