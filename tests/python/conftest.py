@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -104,6 +105,26 @@ def default_model_f32(default_model: Path, tmp_path_factory: pytest.TempPathFact
 def head_32(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
     """Tiny model with F32 weights, grouped-query attention and heads of 32."""
     return _written(tmp_path_factory, "head-32", HEAD_32)
+
+
+@pytest.fixture(scope="module")
+def real(default_model: Path) -> Iterator[Llama]:
+    """The default model with a window of 256."""
+    from lminf_edge import Llama, LMInfConfig
+
+    with Llama(default_model, lminf=LMInfConfig(n_window=256), seed=0) as llm:
+        yield llm
+
+
+@pytest.fixture
+def tiny(head_32: TinyModel) -> Iterator[Llama]:
+    """A tiny random model with a window of 64 and nothing rounded."""
+    from lminf_edge import Llama, LMInfConfig
+
+    exact: Any = {"cache_type_k": "f32", "cache_type_v": "f32", "flash_attn": False}
+    window = LMInfConfig(n_window=64, n_rollback=16)
+    with Llama(head_32.path, lminf=window, n_ubatch=16, n_threads=1, seed=0, **exact) as llm:
+        yield llm
 
 
 @pytest.fixture(scope="session")

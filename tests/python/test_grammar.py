@@ -5,46 +5,15 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lminf_edge import ConfigError, Llama, LMInfConfig, StateError
-from lminf_edge.completion_types import Completion
+from completing import QUESTION, banned, text_of
+from lminf_edge import ConfigError, Llama, StateError
 from lminf_edge.grammar import json_schema_grammar
-from tiny_models import TinyModel
-
-QUESTION = [{"role": "user", "content": "Name three colours."}]
-
-
-@pytest.fixture(scope="module")
-def real(default_model: Path) -> Iterator[Llama]:
-    """The default model with a window of 256."""
-    with Llama(default_model, lminf=LMInfConfig(n_window=256), seed=0) as llm:
-        yield llm
-
-
-@pytest.fixture
-def tiny(head_32: TinyModel) -> Iterator[Llama]:
-    """A tiny random model with a window of 64 and nothing rounded."""
-    exact: Any = {"cache_type_k": "f32", "cache_type_v": "f32", "flash_attn": False}
-    window = LMInfConfig(n_window=64, n_rollback=16)
-    with Llama(head_32.path, lminf=window, n_ubatch=16, n_threads=1, seed=0, **exact) as llm:
-        yield llm
-
-
-def text_of(llm: Llama, prompt: str, **options: Any) -> str:
-    completion: Completion = llm.create_completion(prompt, **options)
-    return completion["choices"][0]["text"]
-
-
-def banned(llm: Llama) -> dict[int, float]:
-    """A bias against the end of the text: a random model could draw it at any time."""
-    return dict.fromkeys(llm.tokenize("<|endoftext|><|im_start|><|im_end|>", special=True), -1000.0)
 
 
 def test_a_grammar_is_followed(tiny: Llama) -> None:
