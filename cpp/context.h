@@ -91,6 +91,10 @@ public:
     // at most the last token's. Throws error_type::state if that is not possible exactly.
     void forget(int64_t end);
 
+    // llama.cpp's own context shift: removes n_discard tokens behind the first n_keep and moves those behind them up.
+    // Throws error_type::unsupported_model or error_type::config where llama.cpp would abort.
+    void shift(int64_t n_keep, int64_t n_discard);
+
     // All that the sequence needs to go on bit for bit, but for its last logits.
     size_t state_size() const;
     void   get_state(uint8_t * dst, size_t size) const;

@@ -78,6 +78,11 @@ static void forget(Context & context, int64_t end, llama_seq_id seq_id) {
     held.forget(end);
 }
 
+static void shift(Context & context, int64_t n_keep, int64_t n_discard, llama_seq_id seq_id) {
+    Context::use held(context, seq_id);
+    held.shift(n_keep, n_discard);
+}
+
 static py::bytes get_state(Context & context, llama_seq_id seq_id) {
     PyObject * raw = nullptr;
     {
@@ -331,6 +336,7 @@ void register_context(py::module_ & m) {
         .def("decode", &decode, tokens, seq_id, py::arg("check") = py::none())
         .def("truncate", &truncate, py::arg("n_past"), seq_id)
         .def("forget", &forget, py::arg("end"), seq_id)
+        .def("shift", &shift, py::arg("n_keep"), py::arg("n_discard"), seq_id)
         .def("get_state", &get_state, seq_id)
         .def("set_state", &set_state, py::arg("state"), py::arg("logits") = py::none(), seq_id)
         .def("eval", &eval, tokens, out, seq_id)

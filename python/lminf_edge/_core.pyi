@@ -176,6 +176,8 @@ class Context:
     def truncate(self, n_past: int, seq_id: int = 0) -> None: ...
     def forget(self, end: int, seq_id: int = 0) -> None:
         """Forgets everything behind the sink tokens and before position end."""
+    def shift(self, n_keep: int, n_discard: int, seq_id: int = 0) -> None:
+        """llama.cpp's context shift of a plain context: n_discard tokens behind the first n_keep go, others move up."""
     def get_state(self, seq_id: int = 0) -> bytes: ...
     def set_state(self, state: bytes, logits: _Floats | None = None, seq_id: int = 0) -> None:
         """Puts a state in place of the sequence; logits are those of its last token, if they are known."""

@@ -304,17 +304,21 @@ class Llama(CompletionMethods):
         Raises:
             ConfigError, ContextError, StateError: As for `eval`.
         """
+        return self._iter_logprobs(tokens, None)
+
+    def _iter_logprobs(self, tokens: TokenSequence, following: int | None) -> Iterator[npt.NDArray[np.float32]]:
+        """The same; a token that follows the text is scored, too, but not appended."""
         checked = self._to_tokens(tokens)
         self._sequence.check_room(checked.size)
-        return self._score_micro_batches(checked)
+        targets = checked[1:] if following is None else np.append(checked[1:], self._to_tokens([following]))
+        return self._score_micro_batches(checked, targets)
 
-    def _score_micro_batches(self, tokens: TokenArray) -> Iterator[npt.NDArray[np.float32]]:
+    def _score_micro_batches(self, tokens: TokenArray, targets: TokenArray) -> Iterator[npt.NDArray[np.float32]]:
         for begin in range(0, tokens.size, self._n_ubatch):
             end = begin + self._n_ubatch
-            targets = tokens[begin + 1 : end + 1]
-            scores = np.empty(targets.size, np.float32)
+            scores = np.empty(targets[begin:end].size, np.float32)
             with self._sequence.exclusive(), self._sequence.recording(tokens[begin:end]) as context:
-                context.score(tokens[begin:end], targets, scores)
+                context.score(tokens[begin:end], targets[begin:end], scores)
             yield scores
 
     def generate(

@@ -146,6 +146,9 @@ class ModelSequence:
                 "Pass lminf=LMInfConfig() for a text without end."
             )
 
+    def make_room(self, n_tokens: int) -> None:
+        """Called before n_tokens are appended, at most n_batch. Only within `exclusive`."""
+
     @contextmanager
     def recording(self, tokens: TokenArray) -> Iterator[_core.Context]:
         """For a computation that appends tokens: remembers those that are in the sequence in the end.
@@ -153,6 +156,7 @@ class ModelSequence:
         These are fewer when an interrupt came in between.
         """
         context = self.context
+        self.make_room(tokens.size)
         n_before = context.n_past()
         try:
             yield context

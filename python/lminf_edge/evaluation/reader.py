@@ -5,20 +5,23 @@ from __future__ import annotations
 import multiprocessing
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, TypeVar
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 from lminf_edge.config import LMInfConfig
 from lminf_edge.errors import LMInfError
+from lminf_edge.evaluation.context_shift import ShiftingLlama
 from lminf_edge.evaluation.streams import StreamPiece, read_stream
 from lminf_edge.llama import Llama
 from lminf_edge.records import GenerationStep
+from lminf_edge.tokens import TokenSequence
 
-Message = TypeVar("Message")
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 class PipeEnd(Protocol):
@@ -33,11 +36,17 @@ class PipeEnd(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class ReaderOptions:
-    """How the process opens the model. The fields mean what they mean for `Llama`."""
+    """How the process opens the model. The other fields mean what they mean for `Llama`.
+
+    Attributes:
+        n_keep: A plain context is shifted when it is full, and keeps this many tokens (`ShiftingLlama`). None: it ends.
+        cache_type: Type of cached keys and values.
+    """
 
     model_path: Path
     lminf: LMInfConfig | None
     n_ctx: int | None = None
+    n_keep: int | None = None
     n_ubatch: int | None = None
     n_threads: int | None = None
     n_gpu_layers: int = 0
@@ -68,17 +77,10 @@ class ReaderStatus:
 
 
 @dataclass(frozen=True)
-class _Read:
-    tokens: list[int]
-
-
-@dataclass(frozen=True)
-class _Write:
-    prompt: str
-    n_tokens: int
-    temperature: float
-    repeat_penalty: float
-    seed: int
+class _Work:
+    function: Callable[..., Iterator[Any]]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -102,12 +104,31 @@ class StreamReader:
             self._process.start()
         remote.close()
         try:
-            (self.status,) = self._messages(ReaderStatus)
+            (self.status,) = self._messages()
         except BaseException:
             self.close()
             raise
 
-    def read(self, tokens: list[int]) -> Iterator[ReaderStatus]:
+    def run(
+        self, work: Callable[Concatenate[Llama, _P], Iterator[_R]], *args: _P.args, **kwargs: _P.kwargs
+    ) -> Iterator[_R]:
+        """Lets the process do something with its model.
+
+        Args:
+            work: A function of a module, which gets the model first.
+            *args: Its other arguments, which can be pickled.
+            **kwargs: The same.
+
+        Yields:
+            What it yields, as it comes. The next work can begin when all of it was taken.
+
+        Raises:
+            LMInfError: What it raised. The process can be given other work then.
+        """
+        self._pipe.send(_Work(work, args, kwargs))
+        yield from self._messages()
+
+    def read(self, tokens: TokenSequence, following: int | None = None) -> Iterator[ReaderStatus]:
         """Reads a text and scores it, as `read_stream` does.
 
         A plain context reads as much as fits: where n_ctx is less than the text, the stream ends there.
@@ -115,8 +136,7 @@ class StreamReader:
         Raises:
             LMInfError: What reading raised there.
         """
-        self._pipe.send(_Read(tokens))
-        for status in self._messages(ReaderStatus):
+        for status in self.run(_read, tokens, following):
             self.status = status
             yield status
 
@@ -128,8 +148,7 @@ class StreamReader:
         Raises:
             LMInfError: What generating raised there.
         """
-        self._pipe.send(_Write(prompt, n_tokens, temperature, repeat_penalty, seed))
-        yield from self._messages(GenerationStep)
+        yield from self.run(_write, prompt, n_tokens, temperature, repeat_penalty, seed)
 
     def close(self) -> None:
         """Ends the process, whatever it is doing."""
@@ -145,7 +164,7 @@ class StreamReader:
     ) -> None:
         self.close()
 
-    def _messages(self, kind: type[Message]) -> Iterator[Message]:
+    def _messages(self) -> Iterator[Any]:
         """What the process sends until its work is done."""
         while True:
             try:
@@ -157,8 +176,6 @@ class StreamReader:
                 if message.error is not None:
                     raise message.error
                 return
-            if not isinstance(message, kind):
-                raise TypeError(f"expected {kind.__name__}, got {message!r}")
             yield message
 
 
@@ -169,44 +186,67 @@ def _serve(pipe: PipeEnd, options: ReaderOptions) -> None:
             pipe.send(_status_of(llm))
             pipe.send(_Done())
             while True:
-                _work(pipe, llm, pipe.recv())
-                pipe.send(_Done())
+                work: _Work = pipe.recv()
+                pipe.send(_Done(_do(pipe, llm, work)))
     except (EOFError, BrokenPipeError):
         return  # nobody is interested any more
     except LMInfError as error:
         pipe.send(_Done(error))
     except Exception as error:
-        pipe.send(_Done(LMInfError(f"{type(error).__name__}: {error}")))
+        pipe.send(_Done(_unexpected(error)))
+
+
+def _do(pipe: PipeEnd, llm: Llama, work: _Work) -> LMInfError | None:
+    try:
+        for message in work.function(llm, *work.args, **work.kwargs):
+            pipe.send(message)
+    except BrokenPipeError:
+        raise
+    except LMInfError as error:
+        return error
+    except Exception as error:
+        return _unexpected(error)
+    return None
+
+
+def _unexpected(error: Exception) -> LMInfError:
+    return LMInfError(f"{type(error).__name__}: {error}")
 
 
 def _open(options: ReaderOptions) -> Llama:
-    return Llama(
-        options.model_path,
-        lminf=options.lminf,
-        n_ctx=options.n_ctx,
-        n_ubatch=options.n_ubatch,
-        n_threads=options.n_threads,
-        n_gpu_layers=options.n_gpu_layers,
-        cache_type_k=options.cache_type,
-        cache_type_v=options.cache_type,
-    )
+    common: dict[str, Any] = {
+        "n_ubatch": options.n_ubatch,
+        "n_threads": options.n_threads,
+        "n_gpu_layers": options.n_gpu_layers,
+        "cache_type_k": options.cache_type,
+        "cache_type_v": options.cache_type,
+    }
+    if options.n_keep is not None:
+        assert options.n_ctx is not None
+        return ShiftingLlama(options.model_path, n_ctx=options.n_ctx, n_keep=options.n_keep, **common)
+    return Llama(options.model_path, lminf=options.lminf, n_ctx=options.n_ctx, **common)
 
 
-def _work(pipe: PipeEnd, llm: Llama, work: _Read | _Write) -> None:
-    if isinstance(work, _Read):
-        room = len(work.tokens) if llm.n_ctx is None else llm.n_ctx - llm.n_past
-        for piece in read_stream(llm, work.tokens[:room]):
-            pipe.send(_status_of(llm, piece))
-        return
-    for step in llm.generate(
-        work.prompt,
-        max_tokens=work.n_tokens,
-        temperature=work.temperature,
-        repeat_penalty=work.repeat_penalty,
-        seed=work.seed,
+def _read(llm: Llama, tokens: TokenSequence, following: int | None) -> Iterator[ReaderStatus]:
+    room = len(tokens) if llm.n_ctx is None else llm.n_ctx - llm.n_past
+    if room < len(tokens):
+        tokens, following = tokens[:room], int(tokens[room])
+    if len(tokens):
+        for piece in read_stream(llm, tokens, following):
+            yield _status_of(llm, piece)
+
+
+def _write(
+    llm: Llama, prompt: str, n_tokens: int, temperature: float, repeat_penalty: float, seed: int
+) -> Iterator[GenerationStep]:
+    yield from llm.generate(
+        prompt,
+        max_tokens=n_tokens,
+        temperature=temperature,
+        repeat_penalty=repeat_penalty,
+        seed=seed,
         stop_at_end=False,
-    ):
-        pipe.send(step)
+    )
 
 
 def _status_of(llm: Llama, piece: StreamPiece | None = None) -> ReaderStatus:

@@ -1,0 +1,133 @@
+"""Options and output that `eval` and `bench` have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lminf_edge.cli._options import Window
+from lminf_edge.config import LMInfConfig
+from lminf_edge.errors import ConfigError
+from lminf_edge.evaluation.methods import METHODS, N_UBATCH, MethodSetup
+from lminf_edge.evaluation.results import ResultLog
+
+_MODEL, _METHODS, _OUTPUT = "Model", "Methods", "Output"
+
+Output = Annotated[
+    Path | None,
+    typer.Option(
+        help="File for the results, as JSON lines. A run that was stopped goes on where it was when it is started "
+        "again with the same file.",
+        rich_help_panel=_OUTPUT,
+        metavar="FILE",
+    ),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodOptions:
+    """Which model is read with which methods."""
+
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="GGUF file, or owner/repository/file.gguf on Hugging Face. Default: SmolLM2-135M-Instruct.",
+            rich_help_panel=_MODEL,
+        ),
+    ] = None
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads. Default: the usable physical cores.", rich_help_panel=_MODEL)
+    ] = None
+    gpu_layers: Annotated[
+        int, typer.Option(min=-1, help="Layers to keep on a GPU; -1 is all.", rich_help_panel=_MODEL)
+    ] = 0
+    n_ubatch: Annotated[
+        int, typer.Option(min=1, help="Tokens of a micro-batch.", rich_help_panel=_MODEL, metavar="N")
+    ] = N_UBATCH
+    methods: Annotated[
+        str, typer.Option(help=f"What is compared: some of {', '.join(METHODS)}.", rich_help_panel=_METHODS)
+    ] = ",".join(METHODS)
+    cache_types: Annotated[
+        str, typer.Option(help="Types of cached keys and values, such as f16,q8_0,q4_0.", rich_help_panel=_METHODS)
+    ] = "f16"
+    n_sink: Annotated[
+        int, typer.Option(help="Sink tokens; the context shift keeps as many.", rich_help_panel=_METHODS, metavar="N")
+    ] = LMInfConfig.n_sink
+    n_window: Window = None
+    n_clamp: Annotated[
+        int | None,
+        typer.Option(help="Largest RoPE distance. Default: the window.", rich_help_panel=_METHODS, metavar="N"),
+    ] = None
+    n_block: Annotated[
+        int | None,
+        typer.Option(
+            help="Positions between placements of sink tokens. Default: 64.", rich_help_panel=_METHODS, metavar="N"
+        ),
+    ] = None
+    n_shift: Annotated[
+        int | None,
+        typer.Option(help="Context of the context shift. Default: the window.", rich_help_panel=_METHODS, metavar="N"),
+    ] = None
+
+    def setup(self, path: Path, n_ctx_train: int) -> MethodSetup:
+        """What is compared.
+
+        Args:
+            path: The model's file.
+            n_ctx_train: Length that the model was trained on: the window is an eighth of it, at most 1024, by default.
+
+        Raises:
+            ConfigError: A value is out of range.
+        """
+        return MethodSetup(
+            model=str(path.resolve()),
+            methods=names(self.methods),
+            cache_types=names(self.cache_types),
+            n_sink=self.n_sink,
+            n_window=max(1, min(1024, n_ctx_train // 8)) if self.n_window is None else self.n_window,
+            n_clamp=self.n_clamp,
+            n_block=self.n_block,
+            n_shift=self.n_shift,
+            n_threads=self.threads,
+            n_gpu_layers=self.gpu_layers,
+            n_ubatch=self.n_ubatch,
+        )
+
+
+def names(text: str) -> tuple[str, ...]:
+    """The names in "one,two"."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def numbers(option: str, text: str) -> tuple[int, ...]:
+    """The numbers in "2048,4k,1M": k is 1024, M is 1024 times that.
+
+    Raises:
+        ConfigError: One is none.
+    """
+    units = {"k": 1024, "m": 1024**2}
+    values = []
+    for part in names(text):
+        digits, unit = (part[:-1], units[part[-1].lower()]) if part[-1].lower() in units else (part, 1)
+        if not digits.isdecimal():
+            raise ConfigError(f"{option} {text}: {part!r} is no number such as 2048 or 4k")
+        values.append(int(digits) * unit)
+    if not values:
+        raise ConfigError(f"{option}: at least one number is needed")
+    return tuple(values)
+
+
+@contextmanager
+def result_log(output: Path | None, as_json: bool) -> Iterator[ResultLog]:
+    """Where results go: to the file, and as JSON lines to standard output if that is wanted.
+
+    Raises:
+        LMInfError: The file cannot be written, or holds something else.
+    """
+    with ResultLog(output, echo=(lambda line: print(line, flush=True)) if as_json else None) as log:
+        yield log
