@@ -57,7 +57,7 @@ class MethodSetup:
         n_window: Local window.
         n_clamp: Largest RoPE distance. None: n_window.
         n_block: Positions between placements of the sink tokens. None: 64, at most n_clamp.
-        n_shift: Context length at which the context shift discards half; rounded up to a multiple of 256. None: n_window.
+        n_shift: Context length at which the context shift discards half; a multiple of 256, rounded up. None: n_window.
         n_threads: Threads. None: the usable physical cores.
         n_gpu_layers: Layers to keep on a GPU.
         n_ubatch: Tokens of a micro-batch.
