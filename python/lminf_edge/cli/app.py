@@ -15,6 +15,8 @@ from lminf_edge.cli.chat import chat
 from lminf_edge.cli.demo import demo
 from lminf_edge.cli.doctor import doctor
 from lminf_edge.cli.generate import generate
+from lminf_edge.cli.plot import plot
+from lminf_edge.cli.report import report
 
 app = typer.Typer(
     name="lminf-edge",
@@ -26,6 +28,8 @@ app.command("demo")(demo)
 app.command("chat")(chat)
 app.command("generate")(generate)
 app.command("doctor")(doctor)
+app.command("plot")(plot)
+app.command("report")(report)
 
 
 def _show_version(wanted: bool) -> None:

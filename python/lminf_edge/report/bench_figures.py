@@ -38,7 +38,7 @@ def kv_memory(run: Run) -> Drawing | None:
     """Keys and values by depth."""
     return _by_place(
         run, "kv-memory", "Memory for keys and values by depth", "bench.decode", "depth", ("kv_bytes", ""),
-        "keys and values", _DEPTH, lambda value: human_bytes(round(value)),
+        "bytes of keys and values", _DEPTH, lambda value: human_bytes(round(value)),
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from matplotlib.figure import Figure
 
 from lminf_edge.report.runs import Way
-from lminf_edge.report.words import way_words
+from lminf_edge.report.words import method_words, plain_text, way_words
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,4 +30,9 @@ class Drawing:
 
 def listed(ways: Iterable[Way]) -> str:
     """What a figure compares, in words."""
-    return "; ".join(way_words(way) for way in ways)
+    ways = list(ways)
+    methods, caches = (list(dict.fromkeys(names)) for names in zip(*ways, strict=True))
+    if len(ways) < len(methods) * len(caches):
+        return "; ".join(way_words(way) for way in ways)
+    types = ", ".join(plain_text(cache, 24) for cache in caches)
+    return f"{', '.join(map(method_words, methods))}; each with {types} cache"

@@ -12,27 +12,29 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter
 
 from lminf_edge.evaluation.results import Record
+from lminf_edge.report.buckets import combined
 from lminf_edge.report.drawing import Drawing, listed
 from lminf_edge.report.lines import Lines, draw_bands, value_range
-from lminf_edge.report.runs import Run, Way, lines_of, way_of
+from lminf_edge.report.runs import Run, Way, lines_of
 from lminf_edge.report.style import GREY, add_legend, new_figure, token_axis
 from lminf_edge.report.words import method_words, source_line
 
 _POSITION = "position in the text, tokens"
+
 _N_POINTS = 64
 """Most points of a line: more cannot be told from each other."""
 
 
 def loss_by_position(run: Run) -> Drawing | None:
     """Lines of loss; where some leave the others far below, those are shown enlarged, too."""
-    records, note = _combined(run.of_kind("ppl.bucket"), "loss")
+    records, n_each = combined(run.of_kind("ppl.bucket"), "loss", _N_POINTS)
     lines = lines_of(records, _middle, "loss")
     if not lines:
         return None
     shaded = [way for way in lines if way == next(each for each in lines if each.method == way.method)]
     title = "Loss by position in the text"
     enlarged = _worth_enlarging(lines)
-    figure = new_figure(6.6 if enlarged else 4.2, title, source_line(run) + note)
+    figure = new_figure(6.6 if enlarged else 4.2, title, source_line(run) + _note(n_each))
     panels: list[Axes] = list(figure.subplots(2 if enlarged else 1, 1, sharex=True, squeeze=False)[:, 0])
     for axes in panels:
         draw_bands(axes, lines, shaded)
@@ -63,13 +65,13 @@ def method_differences(run: Run) -> Drawing | None:
 
 
 def _differences(run: Run, name: str, title: str, records: list[Record]) -> Drawing | None:
-    records, note = _combined(records, "difference")
+    records, n_each = combined(records, "difference", _N_POINTS)
     lines = lines_of(records, _middle, "difference")
     if not lines:
         return None
     methods = list(dict.fromkeys(way.method for way in lines))
     others = {record["method"]: record["of"]["method"] for record in records}
-    figure = new_figure(1.5 + 2.1 * len(methods), title, source_line(run) + note)
+    figure = new_figure(1.5 + 2.1 * len(methods), title, source_line(run) + _note(n_each))
     panels: list[Axes] = list(figure.subplots(len(methods), 1, sharex=True, squeeze=False)[:, 0])
     for axes, method in zip(panels, methods, strict=True):
         own = {way: points for way, points in lines.items() if way.method == method}
@@ -86,32 +88,8 @@ def _differences(run: Run, name: str, title: str, records: list[Record]) -> Draw
     return Drawing(name=name, title=title, description=description, figure=figure)
 
 
-def _combined(records: list[Record], field: str) -> tuple[list[Record], str]:
-    """Records of at most `_N_POINTS` positions: of more, neighbours are averaged, and a note says so.
-
-    Their intervals are taken to be independent of each other: so are they across buckets of thousands of tokens.
-    """
-    size = max((record["end"] - record["begin"] for record in records), default=1)
-    end = max((record["end"] for record in records), default=0)
-    n_together = -(-end // (size * _N_POINTS))
-    if n_together < 2:
-        return records, ""
-    groups: dict[tuple[Way, int], list[Record]] = {}
-    for record in {(way_of(record), record["begin"], str(record.get("of"))): record for record in records}.values():
-        groups.setdefault((way_of(record), record["begin"] // (size * n_together)), []).append(record)
-    return [_mean(group, field) for group in groups.values()], f" · each point: {size * n_together:,} tokens"
-
-
-def _mean(group: list[Record], field: str) -> Record:
-    weights = [record["end"] - record["begin"] for record in group]
-    parts = [weight / sum(weights) for weight in weights]
-    mean = sum(part * record[field]["mean"] for part, record in zip(parts, group, strict=True))
-    estimate = {"mean": mean, "low": None, "high": None}
-    if all(record[field]["low"] is not None and record[field]["high"] is not None for record in group):
-        halves = [part * (rec[field]["high"] - rec[field]["low"]) / 2 for part, rec in zip(parts, group, strict=True)]
-        estimate |= {"low": mean - math.hypot(*halves), "high": mean + math.hypot(*halves)}
-    ends = {"begin": min(record["begin"] for record in group), "end": max(record["end"] for record in group)}
-    return {**group[0], **ends, field: estimate}
+def _note(n_each: int | None) -> str:
+    return "" if n_each is None else f" · each point: {n_each:,} tokens"
 
 
 def _middle(record: Record) -> float:

@@ -57,6 +57,13 @@ def interval_words(value: Mapping[str, Any], digits: int, scale: float = 1.0) ->
     return f"{shown} ({value['low'] * scale:,.{digits}f} to {value['high'] * scale:,.{digits}f})"
 
 
+def half_words(value: Mapping[str, Any], digits: int) -> str:
+    """An estimate with a symmetric interval: 3.41 ± 0.03."""
+    if value["mean"] is None or value["low"] is None or value["high"] is None:
+        return interval_words(value, digits)
+    return f"{value['mean']:,.{digits}f} ± {(value['high'] - value['low']) / 2:,.{digits}f}"
+
+
 def setting_words(value: Any) -> str:
     """A setting."""
     if value is None:
