@@ -21,6 +21,7 @@ _MODEL, _METHODS, _OUTPUT = "Model", "Methods", "Output"
 Output = Annotated[
     Path | None,
     typer.Option(
+        "--output",
         help="File for the results, as JSON lines. A run that was stopped goes on where it was when it is started "
         "again with the same file.",
         rich_help_panel=_OUTPUT,

@@ -160,6 +160,19 @@ def reading_bar(n_tokens: int, n_read: Callable[[], int]) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def counting_bar(description: str, unit: str) -> Iterator[Callable[[int, int | None], None]]:
+    """A bar for something that takes long; yields what to call with how much is done, and how much there is if known.
+
+    Args:
+        description: What is being done.
+        unit: What is counted.
+    """
+    with _bar(_CountColumn(unit), TimeRemainingColumn()) as bar:
+        task = bar.add_task(description, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
 class _Bar(Progress):
     """A progress bar that can look at what it shows by itself.
 
@@ -199,6 +212,16 @@ def _bar(*columns: ProgressColumn) -> _Bar:
 class _TokensColumn(ProgressColumn):
     def render(self, task: Task) -> Text:
         return Text(f"{task.completed:,.0f}/{task.total or 0:,.0f} tokens")
+
+
+class _CountColumn(ProgressColumn):
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self._unit = unit
+
+    def render(self, task: Task) -> Text:
+        total = "" if task.total is None else f"/{task.total:,.0f}"
+        return Text(f"{task.completed:,.0f}{total} {self._unit}")
 
 
 class _TokenRateColumn(ProgressColumn):

@@ -11,9 +11,13 @@ from typing import Annotated
 import typer
 
 from lminf_edge import __version__
+from lminf_edge.cli.bench import bench
 from lminf_edge.cli.chat import chat
 from lminf_edge.cli.demo import demo
 from lminf_edge.cli.doctor import doctor
+from lminf_edge.cli.eval_passkey import eval_passkey
+from lminf_edge.cli.eval_ppl import eval_ppl
+from lminf_edge.cli.eval_qa import eval_qa
 from lminf_edge.cli.generate import generate
 from lminf_edge.cli.plot import plot
 from lminf_edge.cli.report import report
@@ -28,8 +32,17 @@ app.command("demo")(demo)
 app.command("chat")(chat)
 app.command("generate")(generate)
 app.command("doctor")(doctor)
+app.command("bench")(bench)
 app.command("plot")(plot)
 app.command("report")(report)
+
+evaluate = typer.Typer(
+    no_args_is_help=True, help="Measures how well a model reads beyond its window, method by method."
+)
+evaluate.command("ppl")(eval_ppl)
+evaluate.command("passkey")(eval_passkey)
+evaluate.command("qa")(eval_qa)
+app.add_typer(evaluate, name="eval")
 
 
 def _show_version(wanted: bool) -> None:

@@ -60,10 +60,10 @@ class ShiftingSequence(ModelSequence):
         self._n_cells = context.n_ctx
         self._n_discarded = 0
         self._n_batch = context.n_ubatch
-        if self._n_cells - n_keep < 2 * context.n_ubatch:
+        if self._n_cells - n_keep < context.n_ubatch + 2:
             raise ConfigError(
-                f"n_ctx = {self._n_cells}: a context shift needs room for two micro-batches of {context.n_ubatch} "
-                f"behind the {n_keep} tokens that are kept"
+                f"n_ctx = {self._n_cells}: a context shift needs room for more than a micro-batch "
+                f"({context.n_ubatch}) behind the {n_keep} tokens that are kept"
             )
 
     @property
@@ -92,6 +92,17 @@ class ShiftingSequence(ModelSequence):
         super().truncate(n_past - self._n_discarded if n_past else 0)
         if n_past == 0:
             self._n_discarded = 0
+
+    def rearrange(self) -> None:
+        """Puts the cells in order, as they are after a saved state is loaded.
+
+        llama.cpp fills holes in a context, and sums in the order of its cells: only so a run that was stopped goes on with
+        the very figures of one that was not.
+        """
+        n_past = self.n_past
+        with self.exclusive():
+            self.load(self.save())
+        self.resume_at(n_past)
 
     def resume_at(self, n_past: int) -> None:
         """Tells how long the text was whose state was just loaded: the context only knows what it holds."""

@@ -136,7 +136,7 @@ class StreamReader:
         Raises:
             LMInfError: What reading raised there.
         """
-        for status in self.run(_read, tokens, following):
+        for status in self.run(read_part, tokens, following):
             self.status = status
             yield status
 
@@ -183,7 +183,7 @@ def _serve(pipe: PipeEnd, options: ReaderOptions) -> None:
     """The process: opens the model, then does what it is told until it is killed."""
     try:
         with _open(options) as llm:
-            pipe.send(_status_of(llm))
+            pipe.send(status_of(llm))
             pipe.send(_Done())
             while True:
                 work: _Work = pipe.recv()
@@ -227,13 +227,14 @@ def _open(options: ReaderOptions) -> Llama:
     return Llama(options.model_path, lminf=options.lminf, n_ctx=options.n_ctx, **common)
 
 
-def _read(llm: Llama, tokens: TokenSequence, following: int | None) -> Iterator[ReaderStatus]:
+def read_part(llm: Llama, tokens: TokenSequence, following: int | None) -> Iterator[ReaderStatus]:
+    """What `StreamReader.read` does, in the process."""
     room = len(tokens) if llm.n_ctx is None else llm.n_ctx - llm.n_past
     if room < len(tokens):
         tokens, following = tokens[:room], int(tokens[room])
     if len(tokens):
         for piece in read_stream(llm, tokens, following):
-            yield _status_of(llm, piece)
+            yield status_of(llm, piece)
 
 
 def _write(
@@ -249,7 +250,8 @@ def _write(
     )
 
 
-def _status_of(llm: Llama, piece: StreamPiece | None = None) -> ReaderStatus:
+def status_of(llm: Llama, piece: StreamPiece | None = None) -> ReaderStatus:
+    """What the process says of its model."""
     stats = llm.memory_stats()
     return ReaderStatus(
         n_past=stats.n_past,

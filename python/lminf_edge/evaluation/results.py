@@ -20,7 +20,7 @@ from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, TextIO, TypeVar, get_args, get_origin, get_type_hints
 
 import jsonschema
 
@@ -35,6 +35,9 @@ Record = dict[str, Any]
 """JSON data with its "kind"."""
 
 _S = TypeVar("_S")
+
+_PLACES = ("model", "text")
+"""Settings that name files, whose SHA-256 is compared instead."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +147,7 @@ class ResultLog:
     """Where the records of a run go: a file, standard output, or nowhere. A context manager.
 
     Attributes:
+        path: The file, if there is one.
         records: All records, also those of an earlier part of the run.
     """
 
@@ -157,19 +161,18 @@ class ResultLog:
         Raises:
             LMInfError: The file cannot be written, or is no results file.
         """
+        self.path = None if path is None else Path(path)
         self.records: list[Record] = []
         self._echo = echo
-        self._stream = None
-        if path is None:
-            return
-        file = Path(path)
-        try:
-            if file.exists():
-                self.records = read_results(file, cut_off=True)
-                _cut_to(file, len(self.records))
-            self._stream = file.open("a", encoding="utf-8")
-        except OSError as error:
-            raise LMInfError(f"cannot write the results to {path}: {error}") from error
+        self._stream: TextIO | None = None
+        if self.path is not None:
+            earlier = read_results(self.path, cut_off=True) if self.path.exists() else []
+            try:
+                self._stream = self.path.open("a", encoding="utf-8")
+            except OSError as error:
+                raise LMInfError(f"cannot write the results to {path}: {error}") from error
+            self.records = earlier
+            self.cut(len(earlier))
 
     def add(self, kind: str, **values: Any) -> Record:
         """Writes one record, at once.
@@ -194,6 +197,16 @@ class ResultLog:
             self._echo(line)
         self.records.append(written)
         return written
+
+    def cut(self, n_records: int) -> None:
+        """Forgets all records but the first ones."""
+        del self.records[n_records:]
+        if self.path is not None and self._stream is not None:
+            self._stream.flush()
+            with self.path.open("r+b") as stream:
+                for _ in range(n_records):
+                    stream.readline()
+                stream.truncate(stream.tell())
 
     def of_kind(self, kind: str) -> list[Record]:
         """The records of one kind, in order."""
@@ -233,13 +246,24 @@ def begin_or_resume(log: ResultLog, record: Record) -> bool:
         "model": (earlier["model"]["sha256"], now["model"]["sha256"]),
         "patch": (earlier["program"]["patch_id"], now["program"]["patch_id"]),
     }
-    before, after = earlier["settings"], now["settings"]
-    parts |= {name: (before.get(name), after.get(name)) for name in {**before, **after} if name != "model"}
+    before, after = _flat(earlier["settings"]), _flat(now["settings"])
+    parts |= {name: (before.get(name), after.get(name)) for name in {**before, **after}}
     if different := [f"{name} ({was!r}, now {now!r})" for name, (was, now) in parts.items() if was != now]:
         raise ConfigError(
             f"the output file holds another run, which differs in {', '.join(different)}: name another file"
         )
     return True
+
+
+def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings without those of where files are: what is in them decides."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value)
+        elif name not in _PLACES:
+            flat[name] = value
+    return flat
 
 
 def read_results(path: str | os.PathLike[str], *, cut_off: bool = False) -> list[Record]:
@@ -305,14 +329,6 @@ def _validators() -> dict[str, Any]:
     return {
         kind: jsonschema.Draft202012Validator({"$ref": f"#/$defs/{kind}", "$defs": whole["$defs"]}) for kind in kinds
     }
-
-
-def _cut_to(file: Path, n_lines: int) -> None:
-    """Removes what stands behind the first n_lines: a line that was cut off."""
-    with file.open("r+b") as stream:
-        for _ in range(n_lines):
-            stream.readline()
-        stream.truncate(stream.tell())
 
 
 def without_run(records: list[Record]) -> Iterator[Record]:

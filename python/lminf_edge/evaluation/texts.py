@@ -70,12 +70,25 @@ def tokenize_text(model_path: str | Path, text: str) -> Tokenized:
         ModelLoadError, UnsupportedModelError: As for `Llama`, or the file does not tell the trained length.
     """
     vocabulary = _core.Model(str(check_gguf_file(model_path)), vocab_only=True)
+    n_ctx_train = trained_length(vocabulary, model_path)
+    return Tokenized(vocabulary.tokenize(text.encode(), True, False).tolist(), n_ctx_train)
+
+
+def trained_length(vocabulary: _core.Model, model_path: str | Path) -> int:
+    """Length that a model was trained on, in tokens.
+
+    Args:
+        vocabulary: The model without its weights: llama.cpp does not look at this entry of its metadata then.
+        model_path: What to call it in the error.
+
+    Raises:
+        ModelLoadError: The file does not tell.
+    """
     metadata = vocabulary.metadata
-    # llama.cpp itself does not look at this entry when it loads the vocabulary only
     n_ctx_train = int(metadata.get(f"{metadata['general.architecture']}.context_length", "0"))
     if n_ctx_train < 1:
         raise ModelLoadError(f"{model_path} does not say on which length the model was trained")
-    return Tokenized(vocabulary.tokenize(text.encode(), True, False).tolist(), n_ctx_train)
+    return n_ctx_train
 
 
 def _plain_prose(block: str) -> str | None:
