@@ -96,8 +96,8 @@ class ShiftingSequence(ModelSequence):
     def rearrange(self) -> None:
         """Puts the cells in order, as they are after a saved state is loaded.
 
-        llama.cpp fills holes in a context, and sums in the order of its cells: only so a run that was stopped goes on with
-        the very figures of one that was not.
+        llama.cpp fills holes in a context, and sums in the order of its cells: only so does a run that was stopped go on
+        with the very figures of one that was not.
         """
         n_past = self.n_past
         with self.exclusive():

@@ -102,7 +102,7 @@ def text_pieces(stream: TextIOBase, name: str) -> Iterator[str]:
 def _last_boundary(text: str) -> int:
     """Where a text can be cut without changing its tokens: before a single line feed or space, near its end.
 
-    Tokenisers that join runs of white space, or take a space as the beginning of a word, split a text there by themselves.
+    Tokenisers that join runs of white space, or take a space as the beginning of a word, split a text there anyway.
     """
     for pattern in (r"(?s)(.*\S)\n\S", r"(?s)(.*\S) \S"):
         if found := re.match(pattern, text):
