@@ -1,0 +1,210 @@
+"""Prompts that several methods answer one after the other, each with a new sequence and the most probable tokens."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+from lminf_edge._checks import check_bool, check_float, check_int
+from lminf_edge.errors import ConfigError, LMInfError
+from lminf_edge.evaluation.methods import MethodSetup, Pass
+from lminf_edge.evaluation.reader import ReaderOptions, StreamReader
+from lminf_edge.llama import Llama
+from lminf_edge.tokens import TokenArray
+
+TRUNCATE = "truncate"
+"""A control: full attention, which gets no more than the last n_window tokens of a prompt."""
+
+_N_PIECE = 2048
+"""Tokens that are read between two messages."""
+
+Progress = Callable[[int, int | None], object]
+"""Called with the tokens read so far, and those in all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnsweringSettings:
+    """Who answers.
+
+    Attributes:
+        setup: The methods.
+        full_tokens: Longer prompts are left out for a method whose context must hold the whole prompt.
+        truncate: Add the control `TRUNCATE`.
+        max_tokens: Tokens of an answer at most.
+        seed: Of all random choices.
+
+    Raises:
+        ConfigError: A value is out of range.
+    """
+
+    setup: MethodSetup
+    full_tokens: int
+    truncate: bool = False
+    max_tokens: int = 16
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_int("full_tokens", self.full_tokens, 1)
+        check_bool("truncate", self.truncate)
+        check_int("max_tokens", self.max_tokens, 1)
+        check_int("seed", self.seed, 0)
+
+    def passes(self) -> list[Pass]:
+        """Every method with every cache type."""
+        control = [Pass(method=TRUNCATE, cache_type=kind) for kind in self.setup.cache_types if self.truncate]
+        return self.setup.passes() + control
+
+    def takes(self, of: Pass, n_prompt: int) -> bool:
+        """Whether a pass answers a prompt of so many tokens."""
+        return n_prompt <= self.full_tokens or not _holds_all(of, self.options(of, n_prompt))
+
+    def n_read(self, of: Pass, n_prompt: int) -> int:
+        """Tokens that a pass reads of a prompt: its last ones."""
+        return min(n_prompt, self.setup.n_window) if of.method == TRUNCATE else n_prompt
+
+    def options(self, of: Pass, n_prompt: int) -> ReaderOptions:
+        """How the model is opened for prompts of at most so many tokens."""
+        n_tokens = self.n_read(of, n_prompt) + self.max_tokens
+        return self.setup.reader_options(
+            Pass(method="full", cache_type=of.cache_type) if of.method == TRUNCATE else of, n_tokens
+        )
+
+
+def _holds_all(of: Pass, options: ReaderOptions) -> bool:
+    return of.method != TRUNCATE and options.lminf is None and options.n_keep is None
+
+
+class Prompt(Protocol):
+    """Something to answer."""
+
+    @property
+    def n_tokens(self) -> int:
+        """Its length."""
+
+    def tokens(self) -> TokenArray:
+        """Its token ids, int32 [n_tokens]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What a model made of a prompt.
+
+    Attributes:
+        text: The answer's text.
+        seconds: Time that reading and answering took.
+    """
+
+    text: str
+    seconds: float
+
+
+_P = TypeVar("_P", bound=Prompt)
+
+
+def ask_all(
+    settings: AnsweringSettings,
+    groups: Iterable[Sequence[_P]],
+    is_answered: Callable[[Pass, _P], bool],
+    on_progress: Progress,
+    *,
+    one_line: bool,
+) -> Iterator[tuple[Pass, _P, Answer]]:
+    """Lets every pass answer every prompt that it takes: all passes a prompt, then the next one.
+
+    Args:
+        settings: Who answers.
+        groups: Prompts. The models are opened anew for each group, with contexts as long as its longest prompt needs.
+        is_answered: Tells what need not be asked any more.
+        on_progress: Watches.
+        one_line: An answer ends with its line.
+
+    Raises:
+        LMInfError: A model cannot be opened or cannot compute.
+    """
+    work = [
+        [(of, prompt) for prompt in group for of in settings.passes() if settings.takes(of, prompt.n_tokens)]
+        for group in groups
+    ]
+    n_all = sum(settings.n_read(of, prompt.n_tokens) for group in work for of, prompt in group)
+    open_work = [[each for each in group if not is_answered(*each)] for group in work]
+    n_done = n_all - sum(settings.n_read(of, prompt.n_tokens) for group in open_work for of, prompt in group)
+    on_progress(n_done, n_all)
+    for group in open_work:
+        n_longest = max((prompt.n_tokens for _, prompt in group), default=0)
+        with ExitStack() as stack:
+            readers: dict[Pass, StreamReader] = {}
+            for of, prompt in group:
+                if of not in readers:
+                    readers[of] = stack.enter_context(StreamReader(settings.options(of, n_longest)))
+                tokens = prompt.tokens()[-settings.n_read(of, prompt.n_tokens) :]
+                for message in readers[of].run(answer_prompt, tokens, settings.max_tokens, one_line):
+                    if isinstance(message, Answer):
+                        yield of, prompt, message
+                    else:
+                        n_done += message
+                        on_progress(n_done, n_all)
+
+
+def answer_prompt(llm: Llama, tokens: TokenArray, max_tokens: int, one_line: bool) -> Iterator[int | Answer]:
+    """Reads a prompt with a new sequence and takes the most probable token again and again.
+
+    Args:
+        llm: The model.
+        tokens: The prompt, int32 [n], n at least 1.
+        max_tokens: Tokens of the answer at most.
+        one_line: Stop behind the first line that is not empty.
+
+    Yields:
+        How many tokens of the prompt were read since the last time; at the end the answer.
+    """
+    start = time.perf_counter()
+    llm.reset()
+    for begin in range(0, len(tokens) - 1, _N_PIECE):
+        piece = tokens[begin : min(begin + _N_PIECE, len(tokens) - 1)]
+        list(llm.generate(piece, max_tokens=0))
+        yield len(piece)
+    text = ""
+    for step in llm.generate(tokens[-1:], max_tokens=max_tokens, temperature=0):
+        text += step.text
+        if one_line and "\n" in text.lstrip():
+            break
+    text = text.strip()
+    yield 1
+    yield Answer(text=text.partition("\n")[0].rstrip() if one_line else text, seconds=time.perf_counter() - start)
+
+
+def seeded(*parts: object) -> random.Random:
+    """Random numbers that depend on these alone, not on what was drawn before. `random()` is the same everywhere."""
+    return random.Random("/".join(map(str, parts)))
+
+
+def check_depths(depths: Sequence[float]) -> None:
+    """Raises ConfigError unless these are different numbers from 0 to 1."""
+    for depth in depths:
+        check_float("depths", depth, 0, 1)
+    if len(set(depths)) < len(depths):
+        raise ConfigError(f"depths = {', '.join(map(str, depths))}: one is there twice")
+
+
+def check_lengths(lengths: Sequence[int]) -> None:
+    """Raises ConfigError unless these are different numbers of tokens."""
+    for length in lengths:
+        check_int("lengths", length, 1)
+    if len(set(lengths)) < len(lengths):
+        raise ConfigError(f"lengths = {', '.join(map(str, lengths))}: one is there twice")
+
+
+def check_same(name: str, found: str, wanted: str | None) -> None:
+    """Raises LMInfError if a text is not what it was when a run was described.
+
+    Args:
+        name: What to call it.
+        found: Its SHA-256.
+        wanted: What that should be.
+    """
+    if found != wanted:
+        raise LMInfError(f"{name} is not the text that it was: its SHA-256 is {found}, not {wanted}")
