@@ -101,30 +101,30 @@ def passkey(methods: Sequence[str] = METHODS, caches: Sequence[str] = ("f16",)) 
     for method in methods:
         for cache in caches:
             for length in (512, 2048, 8192, 32768):
-                for depth in np.arange(0.05, 1, 0.1):
-                    for seed in range(3):
-                        distance = int((1 - depth) * length) + 20
-                        inside = method == "full" or distance < N_WINDOW
-                        seen = inside and not (method in ("absolute", "full") and length > N_TRAIN)
-                        exact = bool(rng.random() < (0.95 if seen else 0.02))
-                        trials.append(
-                            {
-                                "kind": "passkey.trial",
-                                "method": method,
-                                "cache_type": cache,
-                                "length": length,
-                                "depth": float(depth),
-                                "seed": seed,
-                                "key": "12345",
-                                "answer": "12345" if exact else "1",
-                                "exact": exact,
-                                "digits": exact,
-                                "n_tokens": length,
-                                "distance": distance,
-                                "in_window": inside,
-                                "seconds": 1.0,
-                            }
-                        )
+                for number, depth in enumerate(3 * list(np.arange(0.05, 1, 0.1))):
+                    distance = int((1 - depth) * length) + 20
+                    inside = method == "full" or distance < N_WINDOW
+                    seen = inside and not (method in ("absolute", "full") and length > N_TRAIN)
+                    exact = bool(rng.random() < (0.95 if seen else 0.02))
+                    trials.append(
+                        {
+                            "kind": "passkey.trial",
+                            "method": method,
+                            "cache_type": cache,
+                            "length": length,
+                            "depth": float(depth),
+                            "trial": number,
+                            "seed": 0,
+                            "key": "12345",
+                            "answer": "12345" if exact else "1",
+                            "exact": exact,
+                            "digits": exact,
+                            "n_tokens": length,
+                            "distance": distance,
+                            "in_window": inside,
+                            "seconds": 1.0,
+                        }
+                    )
     return records + trials + _passkey_cells(trials)
 
 

@@ -173,7 +173,7 @@ def covers(box: Bbox, other: Bbox) -> bool:
 
 
 def test_methods_can_be_told_apart_without_colour_and_in_words() -> None:
-    methods = [*METHODS, "fresh", "recompute", "attention-sinks"]
+    methods = [*METHODS, "fresh", "recompute", "attention-sinks", "truncate"]
     assert len({colour(method) for method in methods}) == len({marker(method) for method in methods}) == len(methods)
     assert all(method_words(method) != method for method in methods if method != "attention-sinks")
     shades = sorted(float(np.dot(to_rgb(colour(method)), (0.2126, 0.7152, 0.0722))) for method in methods)

@@ -32,6 +32,7 @@ _COLOURS = {
     "recompute": "#CC79A7",
     "attention-sinks": "#56B4E9",
     "full": "#D55E00",
+    "truncate": "#7F7F7F",
 }
 _MARKERS = {
     "endless": "o",
@@ -41,6 +42,7 @@ _MARKERS = {
     "recompute": "v",
     "attention-sinks": "X",
     "full": "s",
+    "truncate": "h",
 }
 _DASHES: dict[str, Any] = {"f32": "-", "bf16": "-", "f16": "-", "q8_0": (0, (5, 1.8)), "q4_0": (0, (1.2, 1.4))}
 _OTHER_DASH: Any = (0, (6, 1.5, 1.2, 1.5))
@@ -121,8 +123,8 @@ def as_bytes(figure: Figure, kind: str) -> bytes:
 
 
 def colour(method: str) -> str:
-    """A method's colour; grey for one that this version does not know."""
-    return _COLOURS.get(method, "#777777")
+    """A method's colour; brown for one that this version does not know."""
+    return _COLOURS.get(method, "#A0522D")
 
 
 def marker(method: str) -> str:

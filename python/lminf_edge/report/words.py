@@ -16,6 +16,7 @@ _METHODS = {
     "recompute": "window, recomputed",
     "attention-sinks": "attention-sinks, PyTorch",
     "full": "full attention",
+    "truncate": "full, last window only",
 }
 
 _N_LONGEST = 80
