@@ -20,6 +20,7 @@ from lminf_edge.cli.eval_ppl import eval_ppl
 from lminf_edge.cli.eval_qa import eval_qa
 from lminf_edge.cli.generate import generate
 from lminf_edge.cli.plot import plot
+from lminf_edge.cli.repeat import repeat_run
 from lminf_edge.cli.report import report
 
 app = typer.Typer(
@@ -35,6 +36,7 @@ app.command("doctor")(doctor)
 app.command("bench")(bench)
 app.command("plot")(plot)
 app.command("report")(report)
+app.command("repeat")(repeat_run)
 
 evaluate = typer.Typer(
     no_args_is_help=True, help="Measures how well a model reads beyond its window, method by method."
