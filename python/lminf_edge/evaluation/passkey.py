@@ -192,9 +192,9 @@ def run_passkey(settings: PasskeySettings, log: ResultLog, on_progress: Progress
             in_window=trial.in_window(settings.setup.n_window),
             seconds=answer.seconds,
         )
-    if not log.of_kind("passkey.cell"):
-        for cell in passkey_cells(settings, log.of_kind("passkey.trial")):
-            log.write(cell)
+    cells = list(passkey_cells(settings, log.of_kind("passkey.trial")))
+    for cell in cells[len(log.of_kind("passkey.cell")) :]:
+        log.write(cell)
 
 
 def prepare_trials(settings: PasskeySettings, vocabulary: _core.Model) -> list[list[PasskeyTrial]]:

@@ -126,9 +126,9 @@ def run_qa(settings: QaSettings, log: ResultLog, on_progress: Progress | None = 
             in_window=prompt.in_window(settings.setup.n_window),
             seconds=answer.seconds,
         )
-    if not log.of_kind("qa.cell"):
-        for cell in qa_cells(settings, log.of_kind("qa.answer")):
-            log.write(cell)
+    cells = list(qa_cells(settings, log.of_kind("qa.answer")))
+    for cell in cells[len(log.of_kind("qa.cell")) :]:
+        log.write(cell)
 
 
 def questions_sha256(text: str | None) -> str:

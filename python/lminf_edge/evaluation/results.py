@@ -36,7 +36,7 @@ Record = dict[str, Any]
 
 _S = TypeVar("_S")
 
-_PLACES = ("model", "text")
+_PLACES = ("model", "text", "filler")
 """Settings that name files, whose SHA-256 is compared instead."""
 
 
