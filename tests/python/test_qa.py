@@ -353,8 +353,10 @@ def test_the_command_shows_a_table(head_32: TinyModel, filler: Path) -> None:
 
 def test_the_command_s_json_is_its_records(head_32: TinyModel, file: Path, tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
-    finished = run(*command(head_32, str(file), "--json", "--output", str(path)))
+    wanted = ("--methods", "endless,full", "--full-tokens", "300", "--json", "--output", str(path))
+    finished = run(*command(head_32, str(file), *wanted))
     assert finished.returncode == 0, finished.stderr
+    assert "full, f16: 2 of 3 prompts were left out" in finished.stderr
     assert [json.loads(line) for line in finished.stdout.splitlines()] == read_results(path)
 
 

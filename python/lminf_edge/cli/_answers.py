@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -36,6 +37,19 @@ def say_what_is_left_out(settings: AnsweringSettings, lengths: Iterable[int]) ->
             messages.print(
                 f"{of.method}, {of.cache_type}: left out at {', '.join(left_out)} tokens, "
                 f"which are more than --full-tokens {settings.full_tokens}"
+            )
+
+
+def say_what_was_left_out(settings: AnsweringSettings, answers: Iterable[Record]) -> None:
+    """The same after a run with prompts whose lengths nobody chose."""
+    counts = Counter(f"{each['method']}, {each['cache_type']}" for each in answers)
+    n_all = max(counts.values(), default=0)
+    for of in settings.passes():
+        name = f"{of.method}, {of.cache_type}"
+        if counts[name] < n_all:
+            messages.print(
+                f"{name}: {n_all - counts[name]} of {n_all} prompts were left out, which have more tokens than "
+                f"--full-tokens {settings.full_tokens}"
             )
 
 

@@ -8,7 +8,16 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from lminf_edge.cli._answers import INSIDE, OUTSIDE, add_counts, fractions, mean, rows_by_length, say_what_is_left_out
+from lminf_edge.cli._answers import (
+    INSIDE,
+    OUTSIDE,
+    add_counts,
+    fractions,
+    mean,
+    rows_by_length,
+    say_what_is_left_out,
+    say_what_was_left_out,
+)
 from lminf_edge.cli._evaluation import MethodOptions, Output, numbers, result_log
 from lminf_edge.cli._options import AsJson, with_option_groups
 from lminf_edge.cli._terminal import counting_bar, find_model, output, with_exit_codes
@@ -86,6 +95,8 @@ def eval_qa(
     with result_log(results, as_json) as log:
         with counting_bar("reading", "tokens") as on_progress:
             run_qa(settings, log, on_progress)
+        if file is not None:
+            say_what_was_left_out(settings, log.of_kind("qa.answer"))
         if not as_json:
             show_qa(log)
 
