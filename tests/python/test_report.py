@@ -225,6 +225,28 @@ def test_stalls_have_names_and_ratios(tmp_path: Path) -> None:
     assert row[-1] == "shift: 3, median 900.0, at most 900.0"
 
 
+def test_what_was_not_measured_and_what_it_was_compared_with_is_said(tmp_path: Path) -> None:
+    reason = "full attention at 131,072 tokens needs 9 GB, and 8 GB are free"
+    way = {"method": "full", "cache_type": "f16", "depth": 131072}
+    peer = {
+        "method": "attention-sinks",
+        "versions": {"torch": "2.1"},
+        "n_logits": 64,
+        "same_argmax": 0.985,
+        "n_loss": 9,
+    }
+    differences = {"largest_difference": 0.021, "mean_difference": 0.0012, "loss": 3.2, "loss_here": 3.25}
+    records = [
+        sample.run("bench"),
+        {"kind": "bench.skipped", "part": "decode", **way, "reason": reason},
+        {"kind": "bench.peer", **peer, **differences},
+    ]
+    assert table(records, tmp_path, "Not measured").rows == (("128k: full attention, f16 cache", "decode", reason),)
+    assert table(records, tmp_path, "Another program").rows == (
+        ("attention-sinks, PyTorch", "torch 2.1", "98.5 %", "0.0012", "0.021", "3.2000", "3.2500"),
+    )
+
+
 def test_a_run_without_measurements_and_one_that_goes_on_have_their_sections(tmp_path: Path) -> None:
     path = sample.written(tmp_path / "r.jsonl", [sample.run("qa")])
     path.write_text(path.read_text() + '{"kind": "qa.ce')

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from lminf_edge.evaluation.results import Record
 from lminf_edge.report.buckets import combined, mean_of
 from lminf_edge.report.runs import Run, Way, ordered, way_of
-from lminf_edge.report.words import half_words, interval_words, plain_text, token_count, way_words
+from lminf_edge.report.words import half_words, interval_words, method_words, plain_text, token_count, way_words
 from lminf_edge.system import human_bytes
 
 _N_ROWS = 32
@@ -34,7 +34,7 @@ def tables_of(run: Run) -> list[Table]:
     """All tables that there are records for."""
     makers = (
         _loss_ratios, _losses, _losses_by_position, _speed_ratios, _decoding, _latencies, _prompts, _bandwidth,
-        _passkeys, _passkey_cells, _answers,
+        _peers, _skipped, _passkeys, _passkey_cells, _answers,
     )  # fmt: skip
     return [table for maker in makers for table in maker(run) if table.rows]
 
@@ -218,6 +218,39 @@ def _bandwidth(run: Run) -> Iterator[Table]:
         rows=tuple(
             (str(record["n_threads"]), interval_words(record["bytes_per_second"], 2, 1e-9))
             for record in run.of_kind("bench.bandwidth")
+        ),
+    )
+
+
+def _peers(run: Run) -> Iterator[Table]:
+    rows = []
+    for record in run.of_kind("bench.peer"):
+        versions = ", ".join(f"{plain_text(name)} {plain_text(number)}" for name, number in record["versions"].items())
+        differences = (f"{record['mean_difference']:.2g}", f"{record['largest_difference']:.2g}")
+        losses = (f"{record['loss']:.4f}", f"{record['loss_here']:.4f}")
+        same = f"{100 * record['same_argmax']:.1f} %"
+        rows.append((method_words(record["method"]), versions, same, *differences, *losses))
+    yield Table(
+        caption="Another program with the same weights, against full attention and an f32 cache here",
+        header=(
+            "", "versions", "same most probable token", "mean difference of log-probabilities, nats", "largest",
+            "its loss", "loss here",
+        ),
+        rows=tuple(rows),
+    )  # fmt: skip
+
+
+def _skipped(run: Run) -> Iterator[Table]:
+    yield Table(
+        caption="Not measured",
+        header=("depth or length and method", "part", "reason"),
+        rows=tuple(
+            (
+                f"{token_count(record['depth'])}: {way_words(way_of(record))}",
+                record["part"],
+                plain_text(record["reason"], 300),
+            )
+            for record in run.of_kind("bench.skipped")
         ),
     )
 
