@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict
 
-from lminf_edge.evaluation.bandwidth import read_bandwidth
+from lminf_edge.evaluation.bench.bandwidth import read_bandwidth
 from lminf_edge.evaluation.bench.decode import DecodeBench
 from lminf_edge.evaluation.bench.plan import BenchSettings
 from lminf_edge.evaluation.bench.prompts import measure_prompts

@@ -163,7 +163,7 @@ class PeerStation:
         self.peer.close()
 
     def _given(self, begin: int, n_tokens: int) -> list[int]:
-        given: list[int] = self._tokens.take(range(begin, begin + n_tokens), mode="wrap").tolist()
+        given: list[int] = work.circle(self._tokens, begin, n_tokens).tolist()
         return given
 
 

@@ -89,7 +89,7 @@ class TimedTokens:
 def read_to(llm: Llama, tokens: Tokens, depth: int) -> Iterator[int]:
     """Reads a text in a circle until the sequence has a length. Yields its length from time to time."""
     while (n_past := llm.n_past) < depth:
-        _append(llm, _circle(tokens, n_past, min(llm._n_ubatch, depth - n_past)))
+        _append(llm, circle(tokens, n_past, min(llm._n_ubatch, depth - n_past)))
         yield llm.n_past
 
 
@@ -128,7 +128,7 @@ def shift_to(llm: Llama, tokens: Tokens, n_used: int, depth: int) -> Iterator[in
     assert isinstance(sequence, ShiftingSequence)
     while sequence.n_shifts == 0 or llm._context.n_past() < n_used:
         n_missing = n_used - llm._context.n_past() if sequence.n_shifts else llm._n_ubatch
-        _append(llm, _circle(tokens, llm.n_past, min(llm._n_ubatch, n_missing)))
+        _append(llm, circle(tokens, llm.n_past, min(llm._n_ubatch, n_missing)))
         yield llm.n_past
     sequence.resume_at(depth)
 
@@ -143,7 +143,7 @@ def decode_turn(llm: Llama, tokens: Tokens, depth: int, n_tokens: int, max_secon
             llm.truncate(depth)
         except StateError:
             depth = llm.n_past
-    given = _circle(tokens, depth, n_tokens + 1)
+    given = circle(tokens, depth, n_tokens + 1)
     _step(llm, given[:1])
     n_done, seconds = 0, 0.0
     with _undisturbed():
@@ -158,7 +158,7 @@ def decode_turn(llm: Llama, tokens: Tokens, depth: int, n_tokens: int, max_secon
 def recompute_turn(llm: Llama, tokens: Tokens, n_window: int) -> Iterator[Turn]:
     """One token by a sliding window with re-computation: the whole window is read anew for it."""
     llm.reset()
-    window = _circle(tokens, 0, n_window)
+    window = circle(tokens, 0, n_window)
     with _undisturbed():
         begin = time.perf_counter()
         _step(llm, window)
@@ -174,9 +174,9 @@ def footprint(llm: Llama) -> Iterator[Footprint]:
 
 def read_prompt(llm: Llama, tokens: Tokens, n_tokens: int) -> Iterator[PromptTurn]:
     """Reads a prompt and draws the first token of an answer."""
-    _step(llm, _circle(tokens, 0, min(n_tokens, _N_WARM_UP)))
+    _step(llm, circle(tokens, 0, min(n_tokens, _N_WARM_UP)))
     llm.reset()
-    prompt = _circle(tokens, 0, n_tokens)
+    prompt = circle(tokens, 0, n_tokens)
     sampler = SamplingOptions().sampler(llm._model, 0)
     with _undisturbed():
         begin = time.perf_counter()
@@ -189,10 +189,10 @@ def read_prompt(llm: Llama, tokens: Tokens, n_tokens: int) -> Iterator[PromptTur
 
 def time_tokens(llm: Llama, tokens: Tokens, n_tokens: int) -> Iterator[TimedTokens]:
     """Decodes token by token and tells what each had to wait for."""
-    _step(llm, _circle(tokens, llm.n_past, 1))
+    _step(llm, circle(tokens, llm.n_past, 1))
     before = _counters(llm)
     for begin in range(0, n_tokens, _N_PIECE):
-        given = _circle(tokens, llm.n_past, min(_N_PIECE, n_tokens - begin))
+        given = circle(tokens, llm.n_past, min(_N_PIECE, n_tokens - begin))
         seconds, stalls = [], []
         with _undisturbed():
             for i in range(given.size):
@@ -217,9 +217,9 @@ def logits_after(llm: Llama, tokens: Tokens) -> Iterator[npt.NDArray[np.float32]
     yield llm.eval(tokens.tolist())
 
 
-def _circle(tokens: Tokens, begin: int, n_tokens: int) -> Tokens:
+def circle(tokens: Tokens, begin: int, n_tokens: int) -> Tokens:
     """Some tokens of a text that begins again when it ends."""
-    return np.ascontiguousarray(tokens.take(range(begin, begin + n_tokens), mode="wrap"))
+    return tokens[np.arange(begin, begin + n_tokens) % tokens.size]
 
 
 def _append(llm: Llama, tokens: Tokens) -> None:
