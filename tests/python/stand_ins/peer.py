@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -10,39 +11,40 @@ from lminf_edge import Llama
 
 
 def main() -> None:
-    llm, options = None, {}
-    for line in sys.stdin:
-        request = json.loads(line)
-        do = request.pop("do")
-        if do == "open":
-            options = request
-            llm = Llama(request["model"], n_ctx=1024, n_threads=1, n_ubatch=32, cache_type_k="f32", cache_type_v="f32")
-            answer = {"versions": {"stand-in": "1.0"}, "weight_bytes": Path(request["model"]).stat().st_size}
-        elif do == "fill":
-            llm.reset()
-            llm.eval(request["tokens"])
-            answer = {"n_read": llm.n_past}
-        elif do == "decode":
-            assert llm.n_past == options["n_sink"] + options["n_window"]
-            answer = {"n_tokens": len(request["tokens"]) - 1, "seconds": 0.5}
-        elif do == "footprint":
-            answer = {"kv_bytes": 1000, "resident_bytes": 2000}
-        elif do == "logits":
-            llm.reset()
-            np.save(request["file"], llm.eval(request["tokens"]))
-            answer = {}
-        elif do == "loss":
-            llm.reset()
-            answer = {"loss": -float(llm.logprobs(request["tokens"]).mean())}
-        elif do == "fail":
-            print(json.dumps({"error": "as asked"}), flush=True)
-            continue
-        elif do == "babble":
-            print("no JSON", flush=True)
-            continue
-        else:
-            sys.exit(f"cannot {do}")
-        print(json.dumps({"ok": answer}), flush=True)
+    request = json.loads(sys.stdin.readline())
+    assert request["do"] == "open"
+    n_full = request["n_sink"] + request["n_window"]
+    path = request["model"]
+    answer({"ok": {"versions": {"stand-in": "1.0"}, "weight_bytes": Path(path).stat().st_size}})
+    with Llama(path, n_ctx=1024, n_threads=1, n_ubatch=32, cache_type_k="f32", cache_type_v="f32") as llm:
+        for line in sys.stdin:
+            answer(obey(llm, n_full, json.loads(line)))
+
+
+def obey(llm: Llama, n_full: int, request: dict[str, Any]) -> object:
+    tokens = request.get("tokens", [])
+    if request["do"] == "decode":
+        assert llm.n_past == n_full
+        return {"ok": {"n_tokens": len(tokens) - 1, "seconds": 0.5}}
+    if request["do"] == "footprint":
+        return {"ok": {"kv_bytes": 1000, "resident_bytes": 2000}}
+    if request["do"] == "fail":
+        return {"error": "as asked"}
+    if request["do"] == "babble":
+        return "no answer"
+    llm.reset()
+    if request["do"] == "loss":
+        return {"ok": {"loss": -float(llm.logprobs(tokens).mean())}}
+    logits = llm.eval(tokens)
+    if request["do"] == "logits":
+        np.save(request["file"], logits)
+    elif request["do"] != "fill":
+        sys.exit(f"cannot {request['do']}")
+    return {"ok": {"n_read": llm.n_past}}
+
+
+def answer(document: object) -> None:
+    print(json.dumps(document), flush=True)
 
 
 if __name__ == "__main__":
