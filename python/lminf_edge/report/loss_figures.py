@@ -17,7 +17,7 @@ from lminf_edge.report.drawing import Drawing, listed
 from lminf_edge.report.lines import Lines, draw_bands, value_range
 from lminf_edge.report.runs import Run, Way, lines_of
 from lminf_edge.report.style import GREY, add_legend, new_figure, token_axis
-from lminf_edge.report.words import method_words, source_line
+from lminf_edge.report.words import method_words, source_line, way_words
 
 _POSITION = "position in the text, tokens"
 
@@ -31,20 +31,20 @@ def loss_by_position(run: Run) -> Drawing | None:
     lines = lines_of(records, _middle, "loss")
     if not lines:
         return None
-    shaded = [way for way in lines if way == next(each for each in lines if each.method == way.method)]
+    shaded = next(iter(lines))  # the others' intervals are as wide: it is the text that varies; differences vary less
     title = "Loss by position in the text"
     enlarged = _worth_enlarging(lines)
     figure = new_figure(6.6 if enlarged else 4.2, title, source_line(run) + _note(n_each))
     panels: list[Axes] = list(figure.subplots(2 if enlarged else 1, 1, sharex=True, squeeze=False)[:, 0])
     for axes in panels:
-        draw_bands(axes, lines, shaded)
+        draw_bands(axes, lines, {shaded})
         axes.set_ylabel("loss, nats per token")
-    _whole_range(panels[0], lines)
+    _whole_range(panels[0], lines, shaded)
     if enlarged:
         low, high = value_range(enlarged, intervals=True)
         panels[1].set_ylim(low - 0.08 * (high - low), high + 0.08 * (high - low))
         panels[1].set_title("The same, enlarged", loc="left")
-    shade = Patch(facecolor=GREY, alpha=0.2, label=f"95 % confidence, {shaded[0].cache_type}")
+    shade = Patch(facecolor=GREY, alpha=0.2, label=f"95 % confidence,\n{way_words(shaded)}")
     _finish(panels, run, lines, shade)
     description = f"Mean loss in nats per token against the position in the text. Lines: {listed(lines)}."
     return Drawing(name="loss", title=title, description=description, figure=figure)
@@ -104,9 +104,10 @@ def _worth_enlarging(lines: Lines) -> Lines | None:
     return calm if value_range(lines)[1] > high + max(0.5, high - low) else None
 
 
-def _whole_range(axes: Axes, lines: Lines) -> None:
-    """The axis fits all means, and has perplexity on its right side."""
-    low, high = value_range(lines)
+def _whole_range(axes: Axes, lines: Lines, shaded: Way) -> None:
+    """The axis fits all means and the band, and has perplexity on its right side."""
+    ranges = (*value_range(lines), *value_range({shaded: lines[shaded]}, intervals=True))
+    low, high = min(ranges), max(ranges)
     margin = 0.08 * (high - low) or 0.1
     axes.set_ylim(low - margin, high + margin)
     nice = [step * 10**power for power in range(-2, 9) for step in (1, 2, 5)]

@@ -179,9 +179,10 @@ def token_axis(axes: Axes, largest: float, label: str) -> None:
     while largest / step > 8:
         step *= 2
     axes.xaxis.set_major_locator(MultipleLocator(step))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: token_count(x) if x >= 0 else ""))
+    in_thousands = step >= 1024
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: token_count(x) if in_thousands else f"{x:,.0f}"))
     axes.set_xlim(0, largest)
-    axes.set_xlabel(f"{label} (1k = 1,024)" if largest >= 1024 else label)
+    axes.set_xlabel(f"{label} (1k = 1,024)" if in_thousands else label)
 
 
 def places(values: Iterable[float]) -> dict[float, float]:
