@@ -489,7 +489,17 @@ def test_the_command_shows_tables_and_writes_json_lines(head_32: TinyModel, tmp_
     )  # fmt: skip
     shown = command_line.run(*arguments, COLUMNS="200")
     assert shown.returncode == 0, shown.stderr
-    for words in ("window 64", "GB/s", "Decoding", "recompute", "1,048,576", "at 280", "Single tokens", "Prompts"):
+    for words in (
+        "window 64",
+        "GB/s",
+        "Decoding",
+        "recompute f16",
+        "roofline",
+        "1,048,576",
+        "at 280",
+        "Single tokens",
+        "Prompts",
+    ):
         assert words in shown.stdout
     assert "left out" not in shown.stdout
     again = command_line.run(*arguments, "--json")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from lminf_edge.cli._terminal import output
@@ -18,6 +19,7 @@ def show_bench(log: ResultLog) -> None:
         output.print(line)
     tables = (
         (log.of_kind("bench.decode"), _decode_table),
+        (log.of_kind("bench.decode"), _memory_table),
         (log.of_kind("bench.latency"), _latency_table),
         (log.of_kind("bench.prompt"), _prompt_table),
     )
@@ -46,30 +48,35 @@ def _machine(log: ResultLog) -> Iterator[str]:
 
 
 def _decode_table(records: list[Record]) -> Table:
-    table = _table("Decoding: median over the rounds (lowest to highest)")
-    for name in ("depth", "ratio", "of", "tokens/s", "keys, values", "process", "roofline", "filled"):
-        table.add_column(name, justify="left" if name in ("of", "filled") else "right")
-    for depth in sorted({record["depth"] for record in records}):
-        for record in (each for each in records if each["depth"] == depth):
-            table.add_row(
-                record["method"],
-                record["cache_type"],
-                f"{depth:,}",
-                _spread(record["ratio"], "x"),
-                _reference(record),
-                _spread(record["tokens_per_second"]),
-                human_bytes(record["kv_bytes"]),
-                human_bytes(record["resident_bytes"]),
-                "" if record["roofline"] is None else f"{record['roofline']:.0%}",
-                record["filled"] if "measured_at" not in record else f"as at {record['measured_at']:,}",
-            )
-        table.add_section()
-    table.caption = (
-        "ratio: of speeds in the same round; roofline: of the speed at which weights and visible keys and values "
-        "can be read; copied: keys and values of a shorter text, repeated; positioned: a window read at that position"
-    )
+    table = _table("Decoding: median over the rounds (lowest-highest), ratios within a round")
+    for name in ("depth", "ratio", "to", "tokens/s"):
+        table.add_column(name, justify="left" if name == "to" else "right")
+    for record in _by_depth(records):
+        speed = _spread(record["tokens_per_second"])
+        table.add_row(_name(record), f"{record['depth']:,}", _spread(record["ratio"], "x"), _reference(record), speed)
+    return table
+
+
+def _memory_table(records: list[Record]) -> Table:
+    table = _table("Memory of each process; part of the speed that memory bandwidth allows")
+    for name in ("depth", "keys, values", "process", "roofline", "filled"):
+        table.add_column(name, justify="left" if name == "filled" else "right")
+    for record in _by_depth(records):
+        table.add_row(
+            _name(record),
+            f"{record['depth']:,}",
+            human_bytes(record["kv_bytes"]),
+            human_bytes(record["resident_bytes"]),
+            "" if record["roofline"] is None else f"{record['roofline']:.0%}",
+            record["filled"] if "measured_at" not in record else f"as at {record['measured_at']:,}",
+        )
+    table.caption = "copied: keys and values of a shorter text, repeated; positioned: a window read at that position"
     table.caption_justify = "left"
     return table
+
+
+def _by_depth(records: list[Record]) -> list[Record]:
+    return sorted(records, key=lambda record: int(record["depth"]))
 
 
 def _reference(record: Record) -> str:
@@ -80,8 +87,8 @@ def _reference(record: Record) -> str:
 
 
 def _latency_table(records: list[Record]) -> Table:
-    table = _table("Single tokens, in milliseconds; stalls as multiples of the median")
-    for name in ("tokens", "p99 / p50", "max / p50", "p50", "p99", "max", "stalls: median, largest (count)"):
+    table = _table("Single tokens, in ms; stalls as multiples of the median")
+    for name in ("tokens", "p99/p50", "max/p50", "p50", "p99", "max", "stalls: median, max (count)"):
         table.add_column(name, justify="left" if name.startswith("stalls") else "right")
     for record in records:
         p50 = record["p50"]
@@ -91,8 +98,7 @@ def _latency_table(records: list[Record]) -> Table:
             if stall["count"]
         ]
         table.add_row(
-            record["method"],
-            record["cache_type"],
+            _name(record),
             f"{record['n_tokens']:,}",
             *(f"{record[name] / p50:.2f}" for name in ("p99", "max")),
             *(f"{1e3 * record[name]:.1f}" for name in ("p50", "p99", "max")),
@@ -103,14 +109,15 @@ def _latency_table(records: list[Record]) -> Table:
 
 def _prompt_table(records: list[Record]) -> Table:
     table = _table("Prompts")
-    for name in ("tokens", "speed / shortest", "tokens/s", "first token, s", "keys, values", "process"):
+    for name in ("tokens", "to shortest", "tokens/s", "first token, s", "KV", "process"):
         table.add_column(name, justify="right")
     for record in records:
-        shortest = min((each for each in records if _of(each) == _of(record)), key=lambda each: int(each["n_tokens"]))
+        shortest = min(
+            (each for each in records if _name(each) == _name(record)), key=lambda each: int(each["n_tokens"])
+        )
         ratio = record["tokens_per_second"]["median"] / shortest["tokens_per_second"]["median"]
         table.add_row(
-            record["method"],
-            record["cache_type"],
+            _name(record),
             f"{record['n_tokens']:,}",
             "" if record is shortest else f"{ratio:.3f}x",
             _spread(record["tokens_per_second"]),
@@ -132,14 +139,13 @@ def _peer_line(record: Record) -> str:
 
 
 def _table(title: str) -> Table:
-    table = Table(title=title, title_justify="left")
-    table.add_column("method")
-    table.add_column("cache")
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    table.add_column("method", no_wrap=True)
     return table
 
 
-def _of(record: Record) -> tuple[str, str]:
-    return record["method"], record["cache_type"]
+def _name(record: Record) -> str:
+    return f"{record['method']} {record['cache_type']}"
 
 
 def _spread(spread: dict[str, Any] | None, unit: str = "") -> str:
@@ -148,9 +154,11 @@ def _spread(spread: dict[str, Any] | None, unit: str = "") -> str:
     middle = f"{_figures(spread['median'])}{unit}"
     if spread["low"] == spread["high"]:
         return middle
-    return f"{middle} ({_figures(spread['low'])} to {_figures(spread['high'])})"
+    return f"{middle} ({_figures(spread['low'])}-{_figures(spread['high'])})"
 
 
 def _figures(value: float) -> str:
-    """Three or four significant figures."""
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}" if value >= 10 or value < 0.1 else f"{value:.3f}"
+    """Three significant figures, and of what is near 1 three places."""
+    if value >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.3f}" if 0.1 <= value < 2 else f"{value:.3g}"
