@@ -46,7 +46,7 @@ GRASS = (
 
 _TASK = "A pass key is told somewhere in a long text. Find it and keep it in mind: it is asked for at the end.\n\n"
 _TOLD = " The pass key is {key}. Do not forget it: {key} is the pass key."
-_QUESTION = "\n\nWhat is the pass key? The pass key is"
+_QUESTION = "\n\nWhat is the pass key? The pass key is the number"
 
 _SEPARATED = re.compile(r"\d(?:[\s,.'_-]*\d)*")
 
