@@ -77,7 +77,13 @@ class ShiftingSequence(ModelSequence):
         return replace(stats, n_past=stats.n_past + self._n_discarded, n_evicted=self._n_discarded)
 
     def make_room(self, n_tokens: int) -> None:
-        """Discards half of what is not kept if n_tokens do not fit, as llama.cpp's programs do."""
+        """Discards half of what is not kept if n_tokens do not fit, as llama.cpp's programs do.
+
+        Raises:
+            ConfigError: There are more than a context can ever have room for.
+        """
+        if n_tokens > self._n_cells - self.n_keep - 2:
+            raise ConfigError(f"{n_tokens} tokens at once do not fit into a context of {self._n_cells}: read fewer")
         while (n_used := super().n_past) + n_tokens > self._n_cells:
             n_discard = (n_used - self.n_keep) // 2
             self.context.shift(self.n_keep, n_discard)
@@ -96,7 +102,7 @@ class ShiftingSequence(ModelSequence):
     def rearrange(self) -> None:
         """Puts the cells in order, as they are after a saved state is loaded.
 
-        llama.cpp fills holes in a context, and sums in the order of its cells: only so does a run that was stopped go on
+        llama.cpp fills holes in a context and sums in the order of its cells: only so does a run that was stopped go on
         with the very figures of one that was not.
         """
         n_past = self.n_past

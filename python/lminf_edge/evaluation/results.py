@@ -27,6 +27,8 @@ import jsonschema
 from lminf_edge._library import _core
 from lminf_edge.errors import ConfigError, LMInfError
 from lminf_edge.evaluation.machine import describe_machine
+from lminf_edge.evaluation.texts import trained_length
+from lminf_edge.evaluation.token_source import vocabulary_of
 
 VERSION = 1
 """Of the records."""
@@ -49,19 +51,29 @@ class ModelIdentity:
         name: Its name.
         n_bytes: Its size.
         sha256: Its SHA-256, in hex.
+        n_ctx_train: Length that it was trained on, in tokens.
     """
 
     path: str
     name: str
     n_bytes: int
     sha256: str
+    n_ctx_train: int
 
 
 def identify_model(path: str | os.PathLike[str]) -> ModelIdentity:
-    """Reads the whole file once."""
+    """Reads the whole file once.
+
+    Raises:
+        LMInfError: It cannot be read, or does not say on which length the model was trained.
+    """
     file = Path(path)
     return ModelIdentity(
-        path=str(file.resolve()), name=file.name, n_bytes=file.stat().st_size, sha256=file_sha256(file)
+        path=str(file.resolve()),
+        name=file.name,
+        n_bytes=file.stat().st_size,
+        sha256=file_sha256(file),
+        n_ctx_train=trained_length(vocabulary_of(file), file),
     )
 
 

@@ -42,11 +42,12 @@ def run_ppl(
     """
     on_progress = on_progress or (lambda _done, _all: None)
     check_text(settings)
-    resumed = begin_or_resume(log, run_record("ppl", settings, identify_model(settings.setup.model)))
-    if resumed and log.of_kind("ppl.summary"):
+    record = run_record("ppl", settings, identify_model(settings.setup.model))
+    if log.records and begin_or_resume(log, record) and log.of_kind("ppl.summary"):
         return
     n_train = trained_length(vocabulary_of(settings.setup.model), settings.setup.model)
     with open_passes(settings, n_train) as passes, opened_text(settings) as stream:
+        begin_or_resume(log, record)
         if settings.is_json_lines and not settings.concatenate:
             read_documents(settings, stream, passes, log, on_progress)
         else:
