@@ -82,10 +82,10 @@ class ShiftingSequence(ModelSequence):
         Raises:
             ConfigError: There are more than a context can ever have room for.
         """
-        if n_tokens > self._n_cells - self.n_keep - 2:
-            raise ConfigError(f"{n_tokens} tokens at once do not fit into a context of {self._n_cells}: read fewer")
         while (n_used := super().n_past) + n_tokens > self._n_cells:
             n_discard = (n_used - self.n_keep) // 2
+            if n_discard < 1:
+                raise ConfigError(f"{n_tokens} tokens at once do not fit into a context of {self._n_cells}: read fewer")
             self.context.shift(self.n_keep, n_discard)
             self._n_discarded += n_discard
             self.n_shifts += 1
