@@ -69,9 +69,11 @@ Context::Context(std::shared_ptr<Model> model, const context_options & options) 
     llama_model *              llama  = this->model->ptr.get();
     const llama_context_params params = to_llama(options);
     const log_scope            scope(this->model->verbose);
+    lminf_params               lminf = options.lminf.value_or(lminf_default_params());
+    lminf.middle.path                = options.store_path.empty() ? nullptr : options.store_path.c_str();
     {
         const py::gil_scoped_release released;
-        ptr.reset(options.lminf ? lminf_init_from_model(llama, params, *options.lminf)
+        ptr.reset(options.lminf ? lminf_init_from_model(llama, params, lminf)
                                 : init_plain(llama, params));
     }
     if (!ptr) {
@@ -245,6 +247,12 @@ void Context::use::forget(int64_t end) {
         throw error(
             error_type::state, "tokens up to position " + std::to_string(end) + " cannot be forgotten: only the " +
                 "oldest part of the window can, without the last token");
+    }
+}
+
+void Context::use::set_recall(lminf_recall_mode mode) {
+    if (!lminf_set_recall(ctx(), mode)) {
+        throw error(error_type::config, "recall: this context stores no middle tokens; pass LMInfConfig(middle=MiddleConfig())");
     }
 }
 
