@@ -250,8 +250,8 @@ void Context::use::forget(int64_t end) {
     }
 }
 
-void Context::use::set_recall(lminf_recall_mode mode) {
-    if (!lminf_set_recall(ctx(), mode)) {
+void Context::use::set_recall(int mode) {
+    if (!lminf_set_recall(ctx(), static_cast<lminf_recall_mode>(mode))) {
         throw error(error_type::config, "recall: this context stores no middle tokens; pass LMInfConfig(middle=MiddleConfig())");
     }
 }

@@ -98,7 +98,7 @@ public:
     void   get_state(uint8_t * dst, size_t size) const;
 
     // What is decoded from now on looks up middle tokens. Throws error_type::config if the context stores none.
-    void set_recall(lminf_recall_mode mode);
+    void set_recall(int mode); // lminf_recall_mode
 
     // Throws error_type::state with llama.cpp's reason; the sequence is as it was before then.
     void set_state(const uint8_t * src, size_t size);

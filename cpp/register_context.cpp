@@ -64,9 +64,10 @@ static std::unique_ptr<Context> make_context(std::shared_ptr<Model> model, std::
     return std::make_unique<Context>(std::move(model), options);
 }
 
-static void decode(
-    Context & context, const token_array & tokens, llama_seq_id seq_id, const py::object & callers_check) {
+static void decode(Context & context, const token_array & tokens, llama_seq_id seq_id,
+    const py::object & callers_check, int recall) {
     Context::use held(context, seq_id);
+    held.set_recall(recall);
     held.decode(tokens.data(), tokens.size(), false, &callers_check);
 }
 
@@ -78,11 +79,6 @@ static void truncate(Context & context, int64_t n_past, llama_seq_id seq_id) {
 static void forget(Context & context, int64_t end, llama_seq_id seq_id) {
     Context::use held(context, seq_id);
     held.forget(end);
-}
-
-static void set_recall(Context & context, int mode) {
-    Context::use held(context, 0);
-    held.set_recall(static_cast<lminf_recall_mode>(mode));
 }
 
 // (position, weight) of the tokens that the last one looked up
@@ -146,18 +142,21 @@ static void set_state(
     }
 }
 
-static void eval(Context & context, const token_array & tokens, float_array & out, llama_seq_id seq_id) {
+static void eval(
+    Context & context, const token_array & tokens, float_array & out, llama_seq_id seq_id, int recall) {
     if (out.ndim() != 2 || out.shape(0) != tokens.size() || out.shape(1) != context.model->n_vocab()) {
         throw error(error_type::config, "out must have the shape [n_tokens, n_vocab]");
     }
     float * dst = out.mutable_data();
 
     Context::use held(context, seq_id);
+    held.set_recall(recall);
     held.decode(tokens.data(), tokens.size(), true);
     std::memcpy(dst, llama_get_logits(held.ctx()), out.nbytes());
 }
 
-static void eval_batch(Context & context, const token_array & tokens, const token_array & seq_ids, float_array & out) {
+static void eval_batch(
+    Context & context, const token_array & tokens, const token_array & seq_ids, float_array & out, int recall) {
     if (seq_ids.size() != tokens.size()) {
         throw error(error_type::config, "tokens and seq_ids must have the same size");
     }
@@ -171,6 +170,7 @@ static void eval_batch(Context & context, const token_array & tokens, const toke
     const auto *      ids   = seq_ids.data();
 
     Context::use held(context, 0);
+    held.set_recall(recall);
     held.decode_batch(token, ids, static_cast<size_t>(n));
     for (py::ssize_t i = 0; i < n; i++) {
         const float * logits = llama_get_logits_ith(held.ctx(), static_cast<int32_t>(i));
@@ -179,7 +179,7 @@ static void eval_batch(Context & context, const token_array & tokens, const toke
 }
 
 static void score(Context & context, const token_array & tokens, const token_array & targets, float_array & out,
-    llama_seq_id seq_id) {
+    llama_seq_id seq_id, int recall) {
     if (targets.size() > tokens.size() || out.size() != targets.size()) {
         throw error(error_type::config, "out and targets must have the same size, at most that of tokens");
     }
@@ -188,6 +188,7 @@ static void score(Context & context, const token_array & tokens, const token_arr
     float *       dst     = out.mutable_data();
 
     Context::use held(context, seq_id);
+    held.set_recall(recall);
     held.decode(tokens.data(), tokens.size(), true);
     const float * logits = llama_get_logits(held.ctx());
     for (py::ssize_t i = 0; i < targets.size(); i++) {
@@ -379,6 +380,7 @@ void register_context(py::module_ & m) {
     const auto tokens = py::arg("tokens").noconvert();
     const auto out    = py::arg("out").noconvert();
     const auto seq_id = py::arg("seq_id") = 0;
+    const auto recall = py::arg("recall") = static_cast<int>(LMINF_RECALL_OFF);
 
     py::class_<Context>(m, "Context")
         .def(py::init(&make_context), py::arg("model"), py::kw_only(), py::arg("lminf") = py::none(),
@@ -395,18 +397,17 @@ void register_context(py::module_ & m) {
         .def("n_past", &Context::n_past, seq_id)
         .def("stats", &stats, seq_id)
         .def("middle_stats", &middle_stats, seq_id)
-        .def("set_recall", &set_recall, py::arg("mode"), "0: off, 1: on, 2: gated.")
         .def("recalled", &recalled, seq_id)
-        .def("decode", &decode, tokens, seq_id, py::arg("check") = py::none())
+        .def("decode", &decode, tokens, seq_id, py::arg("check") = py::none(), recall)
         .def("truncate", &truncate, py::arg("n_past"), seq_id)
         .def("forget", &forget, py::arg("end"), seq_id)
         .def("get_state", &get_state, seq_id)
         .def("set_state", &set_state, py::arg("state"), py::arg("logits") = py::none(), seq_id)
-        .def("eval", &eval, tokens, out, seq_id)
-        .def("score", &score, tokens, py::arg("targets").noconvert(), out, seq_id)
+        .def("eval", &eval, tokens, out, seq_id, recall)
+        .def("score", &score, tokens, py::arg("targets").noconvert(), out, seq_id, recall)
         .def("last_logits", &last_logits, seq_id)
         .def("clear", &clear)
-        .def("eval_batch", &eval_batch, tokens, py::arg("seq_ids"), py::arg("out"),
+        .def("eval_batch", &eval_batch, tokens, py::arg("seq_ids"), py::arg("out"), recall,
             "Appends tokens to the sequences that they belong to, at once; writes logits [n_tokens, n_vocab].")
         .def("seq_cp", &seq_cp, py::arg("source"), py::arg("target"), py::arg("p0") = -1, py::arg("p1") = -1)
         .def("seq_keep", &seq_keep, seq_id)

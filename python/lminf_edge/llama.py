@@ -27,7 +27,8 @@ from lminf_edge.config import LMInfConfig
 from lminf_edge.drawing import DrawOptions, draw_tokens
 from lminf_edge.errors import ConfigError, StateError, UnsupportedModelError
 from lminf_edge.gguf_file import check_gguf_file
-from lminf_edge.records import GenerationStep, MemoryStats, TextPiece
+from lminf_edge.middle import Recall, recall_mode
+from lminf_edge.records import GenerationStep, MemoryStats, RecalledToken, TextPiece
 from lminf_edge.sampling import N_SEED_MAX, SamplingOptions
 from lminf_edge.saved_state import config_settings, sequence_state, state_file
 from lminf_edge.sequence import ModelSequence
@@ -38,6 +39,9 @@ from lminf_edge.tokens import TokenArray, TokenSequence, as_token_array
 
 N_CTX_MAX = 2**24
 """Longer plain contexts fill the machine's memory before llama.cpp finds out that they do not fit."""
+
+N_RECALLED = 16
+"""How many of the tokens that were looked up are told, unless the caller says otherwise."""
 
 
 class Llama(CompletionMethods):
@@ -143,11 +147,12 @@ class Llama(CompletionMethods):
             flash_attn=flash_attn,
             cache_type_k=cache_type_k,
             cache_type_v=cache_type_v,
+            store_path=str(lminf.middle.path) if lminf and lminf.middle and lminf.middle.path else "",
             **context_options,
         )
         self._sequence = ModelSequence(model, context, None if lminf is not None else context.n_ctx)
         self._n_ubatch = context.n_ubatch
-        self._config = from_params(context.params)
+        self._config = from_params(context.params, lminf.middle if lminf else None)
         self._cache_settings = {
             "n_ubatch": context.n_ubatch,
             "n_ctx": self.n_ctx,
@@ -250,13 +255,15 @@ class Llama(CompletionMethods):
         """The text of some tokens as the bytes that they stand for."""
         return self._model.detokenize(self._to_tokens(tokens, allow_empty=True), False, special)
 
-    def eval(self, tokens: TokenSequence) -> npt.NDArray[np.float32]:
+    def eval(self, tokens: TokenSequence, *, recall: Recall = False) -> npt.NDArray[np.float32]:
         """Appends tokens to the sequence and returns what the model expects after each of them.
 
         The result has n_tokens * n_vocab * 4 bytes; `logprobs` needs no memory that grows with the text.
 
         Args:
             tokens: Token ids, any number from 1.
+            recall: Whether these tokens look up middle tokens, which `LMInfConfig.middle` has stored. "gated": only
+                such that weigh more than all that is seen anyway, for reading.
 
         Returns:
             Logits, float32 [n_tokens, n_vocab]. Row i belongs to the token that follows tokens[i].
@@ -266,16 +273,16 @@ class Llama(CompletionMethods):
             ContextError: A plain context has no room for all of them. Nothing was appended.
             StateError: The object is closed, or another thread computes with it.
         """
-        checked = self._to_tokens(tokens)
+        checked, mode = self._to_tokens(tokens), self._recall_mode(recall)
         with self._sequence.exclusive(), self._sequence.recording(checked) as context:
             self._sequence.check_room(checked.size)
             logits = np.empty((checked.size, self.n_vocab), np.float32)
             for begin in range(0, checked.size, self._n_ubatch):
                 end = begin + self._n_ubatch
-                context.eval(checked[begin:end], logits[begin:end])
+                context.eval(checked[begin:end], logits[begin:end], recall=mode)
         return logits
 
-    def logprobs(self, tokens: TokenSequence) -> npt.NDArray[np.float32]:
+    def logprobs(self, tokens: TokenSequence, *, recall: Recall = False) -> npt.NDArray[np.float32]:
         """Appends tokens to the sequence and returns how probable each was after those before it.
 
         The first token only conditions the others, whatever the sequence held before: it is appended, but not scored.
@@ -283,6 +290,7 @@ class Llama(CompletionMethods):
 
         Args:
             tokens: Token ids, any number from 1.
+            recall: See `eval`.
 
         Returns:
             Natural-log probabilities, float32 [n_tokens - 1]. Entry i belongs to tokens[i + 1].
@@ -290,13 +298,14 @@ class Llama(CompletionMethods):
         Raises:
             ConfigError, ContextError, StateError: As for `eval`.
         """
-        return np.concatenate(list(self.iter_logprobs(tokens)))
+        return np.concatenate(list(self.iter_logprobs(tokens, recall=recall)))
 
-    def iter_logprobs(self, tokens: TokenSequence) -> Iterator[npt.NDArray[np.float32]]:
+    def iter_logprobs(self, tokens: TokenSequence, *, recall: Recall = False) -> Iterator[npt.NDArray[np.float32]]:
         """Does what `logprobs` does, micro-batch by micro-batch, for a caller that wants to watch.
 
         Args:
             tokens: Token ids, any number from 1. They are checked now and appended as the result is iterated over.
+            recall: See `eval`.
 
         Returns:
             An iterator over consecutive pieces of what `logprobs` returns, one for each micro-batch.
@@ -304,17 +313,17 @@ class Llama(CompletionMethods):
         Raises:
             ConfigError, ContextError, StateError: As for `eval`.
         """
-        checked = self._to_tokens(tokens)
+        checked, mode = self._to_tokens(tokens), self._recall_mode(recall)
         self._sequence.check_room(checked.size)
-        return self._score_micro_batches(checked)
+        return self._score_micro_batches(checked, mode)
 
-    def _score_micro_batches(self, tokens: TokenArray) -> Iterator[npt.NDArray[np.float32]]:
+    def _score_micro_batches(self, tokens: TokenArray, recall: int) -> Iterator[npt.NDArray[np.float32]]:
         for begin in range(0, tokens.size, self._n_ubatch):
             end = begin + self._n_ubatch
             targets = tokens[begin + 1 : end + 1]
             scores = np.empty(targets.size, np.float32)
             with self._sequence.exclusive(), self._sequence.recording(tokens[begin:end]) as context:
-                context.score(tokens[begin:end], targets, scores)
+                context.score(tokens[begin:end], targets, scores, recall=recall)
             yield scores
 
     def generate(
@@ -335,6 +344,8 @@ class Llama(CompletionMethods):
         seed: int | None = None,
         stop_at_end: bool = True,
         n_top_logprobs: int = 0,
+        recall: Recall = False,
+        show_recall: bool = False,
     ) -> Iterator[GenerationStep]:
         """Appends a prompt to the sequence, then draws tokens one by one.
 
@@ -359,6 +370,8 @@ class Llama(CompletionMethods):
             seed: Makes this call repeatable. None: the next one from the seed that the object was made with.
             stop_at_end: Stop when the model draws an end-of-generation token.
             n_top_logprobs: Look up this many of the most probable tokens at each step.
+            recall: Whether prompt and drawn tokens look up middle tokens; see `eval`.
+            show_recall: Tell with each step what the model has looked up.
 
         Returns:
             An iterator over the steps. The arguments are checked now; the prompt is read when the first step is asked
@@ -384,6 +397,8 @@ class Llama(CompletionMethods):
             max_tokens=check_int("max_tokens", max_tokens, -1),
             stop_at_end=check_bool("stop_at_end", stop_at_end),
             n_top_logprobs=check_int("n_top_logprobs", n_top_logprobs, 0),
+            recall=self._recall_mode(recall),
+            n_recalled=N_RECALLED if check_bool("show_recall", show_recall) else 0,
         )
         seed = check_optional_int("seed", seed, 0, N_SEED_MAX)
         if isinstance(prompt, str | bytes):
@@ -415,6 +430,10 @@ class Llama(CompletionMethods):
         )
         sampler = options.sampling.sampler(self._model, self._next_seed(options.seed))
         return write_text(draw_tokens(self._sequence, tokens, sampler, drawing), options)
+
+    def last_recall(self, n: int = N_RECALLED) -> tuple[RecalledToken, ...]:
+        """What the last token of the sequence looked up, if it did: the n heaviest tokens."""
+        return self._sequence.recalled(check_int("n", n, 1))
 
     def reset(self) -> None:
         """Forgets the sequence: the next token is the first one."""
@@ -528,6 +547,9 @@ class Llama(CompletionMethods):
 
     def _next_seed(self, seed: int | None) -> int:
         return self._random.randint(0, N_SEED_MAX) if seed is None else seed
+
+    def _recall_mode(self, recall: Recall) -> int:
+        return recall_mode(recall, has_store=self._config is not None and self._config.middle is not None)
 
     def _to_tokens(self, tokens: TokenSequence, allow_empty: bool = False) -> TokenArray:
         return as_token_array(tokens, self._model.n_vocab, allow_empty=allow_empty)
