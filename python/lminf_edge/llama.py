@@ -27,7 +27,7 @@ from lminf_edge.config import LMInfConfig
 from lminf_edge.drawing import DrawOptions, draw_tokens
 from lminf_edge.errors import ConfigError, StateError, UnsupportedModelError
 from lminf_edge.gguf_file import check_gguf_file
-from lminf_edge.middle import Recall, recall_mode
+from lminf_edge.middle import Recall, RecallPlan, RecallScope, recall_mode, recall_plan
 from lminf_edge.records import GenerationStep, MemoryStats, RecalledToken, TextPiece
 from lminf_edge.sampling import N_SEED_MAX, SamplingOptions
 from lminf_edge.saved_state import config_settings, sequence_state, state_file
@@ -397,7 +397,7 @@ class Llama(CompletionMethods):
             max_tokens=check_int("max_tokens", max_tokens, -1),
             stop_at_end=check_bool("stop_at_end", stop_at_end),
             n_top_logprobs=check_int("n_top_logprobs", n_top_logprobs, 0),
-            recall=self._recall_mode(recall),
+            recall=RecallPlan(answering=self._recall_mode(recall)),
             n_recalled=N_RECALLED if check_bool("show_recall", show_recall) else 0,
         )
         seed = check_optional_int("seed", seed, 0, N_SEED_MAX)
@@ -409,7 +409,7 @@ class Llama(CompletionMethods):
         return draw_tokens(self._sequence, tokens, sampler, drawing)
 
     def _write(
-        self, prompt: TokenSequence, options: TextOptions, *, fresh: bool = True
+        self, prompt: TokenSequence, options: TextOptions, *, fresh: bool = True, n_question: int | None = None
     ) -> Generator[TextPiece, None, None]:
         """Writes a text after a prompt. Arguments are checked now, nothing is computed before the first piece.
 
@@ -417,6 +417,7 @@ class Llama(CompletionMethods):
             prompt: Token ids.
             options: How to write.
             fresh: The prompt replaces the sequence, of which a common beginning is kept. Otherwise it is appended.
+            n_question: How many tokens at its end recall, if any do. None: all.
         """
         tokens = self._to_tokens(prompt, allow_empty=not fresh and self.n_past > 0)
         max_tokens = options.max_tokens
@@ -426,7 +427,13 @@ class Llama(CompletionMethods):
             room = self.n_ctx - n_past - tokens.size
             max_tokens = room if max_tokens < 0 else min(max_tokens, room)
         drawing = DrawOptions(
-            max_tokens=max_tokens, n_top_logprobs=options.n_top_logprobs, check=options.check, fresh=fresh
+            max_tokens=max_tokens,
+            n_top_logprobs=options.n_top_logprobs,
+            check=options.check,
+            fresh=fresh,
+            recall=self._recall_plan(options.recall),
+            n_question=n_question,
+            n_recalled=options.n_recalled,
         )
         sampler = options.sampling.sampler(self._model, self._next_seed(options.seed))
         return write_text(draw_tokens(self._sequence, tokens, sampler, drawing), options)
@@ -549,7 +556,14 @@ class Llama(CompletionMethods):
         return self._random.randint(0, N_SEED_MAX) if seed is None else seed
 
     def _recall_mode(self, recall: Recall) -> int:
-        return recall_mode(recall, has_store=self._config is not None and self._config.middle is not None)
+        return recall_mode(recall, has_store=self._has_store)
+
+    def _recall_plan(self, scope: RecallScope | None) -> RecallPlan:
+        return recall_plan(scope, has_store=self._has_store)
+
+    @property
+    def _has_store(self) -> bool:
+        return self._config is not None and self._config.middle is not None
 
     def _to_tokens(self, tokens: TokenSequence, allow_empty: bool = False) -> TokenArray:
         return as_token_array(tokens, self._model.n_vocab, allow_empty=allow_empty)

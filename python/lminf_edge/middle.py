@@ -12,6 +12,12 @@ from lminf_edge.errors import ConfigError
 Recall: TypeAlias = bool | Literal["gated"]
 """Whether tokens look up middle tokens; "gated": only such that weigh more than all else that a head sees together."""
 
+RecallScope: TypeAlias = Literal["none", "question", "all"]
+"""Which tokens of a prompt and of what is written after it look up middle tokens."""
+
+N_QUESTION = 64
+"""Tokens at the end of a prompt that are taken for the question where nothing tells what it is."""
+
 STORE_TYPES = ("f32", "f16", "q8_0", "q4_0")
 """Types that stored keys and values can have."""
 
@@ -64,6 +70,38 @@ class MiddleConfig:
             if not (path := os.fspath(self.path)) or "\0" in path:
                 raise ConfigError(f"path = {path!r}: must be the name of a file")
             object.__setattr__(self, "path", path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecallPlan:
+    """How the tokens of a prompt and those drawn after it recall; numbers as of `recall_mode`.
+
+    Attributes:
+        reading: The beginning of the prompt.
+        answering: The question, which is the rest of the prompt, and what is drawn.
+    """
+
+    reading: int = 0
+    answering: int = 0
+
+
+NO_RECALL = RecallPlan()
+
+
+def recall_plan(scope: RecallScope | None, *, has_store: bool) -> RecallPlan:
+    """The plan of a scope. None: "question" if anything is stored.
+
+    Raises:
+        ConfigError: There is no such scope, or nothing is stored that could be recalled.
+    """
+    if scope is not None:
+        check_choice("recall", scope, ("none", "question", "all"))
+    if scope == "none" or (scope is None and not has_store):
+        return NO_RECALL
+    return RecallPlan(
+        reading=recall_mode("gated" if scope == "all" else False, has_store=has_store),
+        answering=recall_mode(True, has_store=has_store),
+    )
 
 
 def recall_mode(recall: object, *, has_store: bool) -> int:
