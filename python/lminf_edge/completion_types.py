@@ -150,9 +150,9 @@ class TextParams(SamplingParams, total=False):
         stream_options: {"include_usage": True}: the last piece of a stream has `usage`, and no choices.
         model: Name to report instead of the file's.
         recall: Which tokens look up middle tokens, if `LMInfConfig.middle` stores any. "question" is the default then:
-            the question and what is written. The question is the prompt's part after its last blank line, the last 64 of
-            token ids, or the last message of the user and what follows it. "all": also what is read before, but only
-            what weighs more than all that is seen anyway. "none": nothing.
+            the question and what is written. The question is the prompt's part after its last blank line, the last 64
+            of token ids, or the last message of the user and what follows it. "all": also what is read before, but
+            only what weighs more than all that is seen anyway. "none": nothing.
     """
 
     max_tokens: int | None
