@@ -213,7 +213,7 @@ class _CompletionShape(_Shape):
             raise ConfigError("echo and logprobs: Llama.logprobs gives the probabilities of a prompt's tokens")
         options = text_options(params, max_tokens=N_TOKENS_COMPLETION, n_top_logprobs=self._n_top or 0, check=check)
         tokens = _prompt_tokens(model, prompt)
-        pieces = model._write(tokens, options, n_question=_n_question(model, prompt, len(tokens)))
+        pieces = model._write(tokens, options, n_question=n_question_tokens(model, prompt, len(tokens)))
         super().__init__(model, Writing(pieces=pieces, n_prompt=len(tokens)), params, "cmpl")
         self._echoed = _prompt_text(model, prompt) if echo else ""
         self._n_text = 0
@@ -351,8 +351,14 @@ def _prompt_tokens(model: TextModel, prompt: str | TokenSequence) -> list[int]:
     return tokens
 
 
-def _n_question(model: TextModel, prompt: str | TokenSequence, n_prompt: int) -> int:
-    """How many tokens at the end of a prompt are the question: what comes after the last blank line of a text."""
+def n_question_tokens(model: TextModel, prompt: str | TokenSequence, n_prompt: int) -> int:
+    """How many tokens at the end of a prompt are the question: what comes after the last blank line of a text.
+
+    Args:
+        model: The model.
+        prompt: Text or token ids.
+        n_prompt: Its number of tokens.
+    """
     if not isinstance(prompt, str):
         return min(N_QUESTION, n_prompt)
     blank_lines = list(_BLANK_LINE.finditer(prompt.rstrip()))

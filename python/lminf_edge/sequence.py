@@ -186,6 +186,12 @@ class ModelSequence:
             result.append(RecalledToken(position=position, weight=weight, token=token, text=text))
         return tuple(result)
 
+    def text_between(self, begin: int, end: int) -> str:
+        """The text of the tokens at positions [begin, end), as far as they are recorded."""
+        tokens = [self._history.token_at(position) for position in range(begin, end)]
+        known = [self.model.token_to_piece(token, True) for token in tokens if token is not None]
+        return b"".join(known).decode(errors="replace")
+
     @property
     def turn(self) -> int:
         """Number of the call that the sequence belongs to: another one than last time has changed it."""
