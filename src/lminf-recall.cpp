@@ -8,13 +8,15 @@
 #include <cmath>
 #include <cstring>
 #include <map>
-#include <stdexcept>
 
 // rows that are multiplied with all queries before the next ones: they stay in the nearest cache
 static constexpr int64_t N_TILE = 64;
 
 // queries at a time, so that their products with a tile stay there too
 static constexpr int64_t N_QUERIES = 64;
+
+// of all heaps together
+static constexpr int64_t N_HEAP_FLOATS = int64_t(1) << 24;
 
 struct lminf_recall::layer_op {
     lminf_recall * self;
@@ -162,8 +164,12 @@ ggml_tensor * lminf_recall::attend(ggml_context * ctx, size_t layer, const input
     ggml_tensor * window = ggml_custom_4d(ctx, GGML_TYPE_F32, n_embd_v + 2, n_head, n_tokens, n_split,
             for_window, 4, compute_window, GGML_N_TASKS_MAX, op);
 
+    // threads that scan: each has heaps of its own, whose size is bounded
+    const int64_t n_floats = best::n_floats(n_best)*n_group*n_tokens;
+    const int64_t n_share  = std::clamp<int64_t>(N_HEAP_FLOATS/n_floats, 1, in.n_threads);
+
     ggml_tensor * for_scan[] = { in.q_far, window, in.stored_k };
-    ggml_tensor * scan = ggml_custom_4d(ctx, GGML_TYPE_F32, best::n_floats(n_best), n_group, n_tokens, in.n_threads,
+    ggml_tensor * scan = ggml_custom_4d(ctx, GGML_TYPE_F32, best::n_floats(n_best), n_group, n_tokens, n_share,
             for_scan, 3, compute_scan, GGML_N_TASKS_MAX, op);
 
     ggml_tensor * for_merge[] = { window, scan, in.q_far, in.stored_v };

@@ -35,5 +35,9 @@ private:
     std::vector<int16_t> wide;   // the same of Q8_0 blocks, for kernels of our own: whole numbers
     std::vector<float>   scales; // and the factor of each block
 
+    // false: there is no kernel of our own for these rows on this machine
+    bool multiply_fast(const uint8_t * rows, int64_t n_rows, int64_t i0, int64_t n_i, float * dst) const;
+
+    template <int N_BLOCKS>
     void multiply_q8_0(const uint8_t * rows, int64_t n_rows, int64_t i0, int64_t n_i, float * dst) const;
 };

@@ -19,7 +19,7 @@
 #endif
 
 // regions begin at multiples of this, so that each can be given back to the system and rows are aligned
-static constexpr size_t N_ALIGN = 4096;
+static constexpr size_t N_ALIGN = 65536;
 
 static constexpr uint64_t FILE_MAGIC   = 0x31444c444d464e4c; // "LNFMDLD1"
 static constexpr size_t   HEADER_SIZE  = 65536;
