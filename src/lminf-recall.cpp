@@ -97,8 +97,8 @@ void lminf_recall::clear_records() {
     recorded.clear();
 }
 
-static const char * element(const ggml_tensor * t, int64_t i1, int64_t i2, int64_t i3 = 0) {
-    return (const char *) t->data + i1*t->nb[1] + i2*t->nb[2] + i3*t->nb[3];
+static char * element(const ggml_tensor * t, int64_t i1, int64_t i2, int64_t i3 = 0) {
+    return (char *) t->data + i1*t->nb[1] + i2*t->nb[2] + i3*t->nb[3];
 }
 
 //

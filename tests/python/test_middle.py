@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +64,7 @@ def scheduled(tokens: list[int]) -> Iterator[tuple[list[int], Recall]]:
         begin += n_tokens
 
 
+@cache
 def reference_logits(model: TinyModel, retrieval: Retrieval, attention: Attention = ATTENTION) -> FloatArray:
     stream = TokenStream(model.transformer, attention, retrieval=retrieval)
     return np.concatenate([stream.eval(tokens, recall) for tokens, recall in scheduled(TOKENS)])
@@ -103,7 +105,7 @@ class TestParity:
     def test_more_threads_find_the_same(self, open_llama: OpenLlama, head_32: TinyModel) -> None:
         with open_llama(head_32, ATTENTION, n_ubatch=7, middle=config_of(RETRIEVAL)) as one:
             expected = eval_scheduled(one)
-        with open_llama(head_32, ATTENTION, n_ubatch=7, middle=config_of(RETRIEVAL), n_threads=3) as three:
+        with open_llama(head_32, ATTENTION, n_ubatch=7, middle=config_of(RETRIEVAL), n_threads_batch=3) as three:
             np.testing.assert_allclose(eval_scheduled(three), expected, atol=1e-4)
 
     def test_flash_attention(self, open_llama: OpenLlama, head_32: TinyModel) -> None:
@@ -120,7 +122,9 @@ class TestParity:
         retrieval = replace(RETRIEVAL, k=200)  # all of them: rounding changes no choice
         middle = config_of(retrieval, cache_type=cache_type)
         with open_llama(head_64, ATTENTION, cache_type=cache_type, flash_attn=True, middle=middle) as llm:
-            assert_close(eval_scheduled(llm), reference_logits(head_64, retrieval), tolerance)
+            logits = eval_scheduled(llm)
+        # without those that were gated: rounding opens and closes gates
+        assert_close(logits[:220], reference_logits(head_64, retrieval)[:220], tolerance)
 
     def test_q4_0_finds_much_the_same(self, open_llama: OpenLlama, head_64: TinyModel) -> None:
         retrieval = replace(RETRIEVAL, k=200)
@@ -136,12 +140,14 @@ class TestSequences:
         rng = np.random.default_rng(92)
         stream = TokenStream(head_32.transformer, ATTENTION, retrieval=replace(RETRIEVAL, max_tokens=60))
         middle = config_of(replace(RETRIEVAL, max_tokens=60))
+        longest = 0
         with open_llama(head_32, ATTENTION, n_ubatch=8, n_rollback=20, middle=middle) as llm:
             for _ in range(25):
                 tokens = random_tokens(int(rng.integers(1, 40)), seed=int(rng.integers(1000)))
                 recall = bool(rng.integers(2))
                 assert_close(llm.eval(tokens, recall=recall), stream.eval(tokens, recall))
-                n_past = max(0, llm.n_past - int(rng.integers(21)))
+                longest = max(longest, llm.n_past)
+                n_past = max(0, longest - 20, llm.n_past - int(rng.integers(21)))
                 llm.truncate(n_past)
                 stream.remove_tail(n_past)
 
@@ -379,9 +385,9 @@ class TestRealModel:
 
         text = (
             "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it."
-            + 10 * self.FILLER
+            + 5 * self.FILLER
             + " The pass key is 71432. Remember it. 71432 is the pass key."
-            + 50 * self.FILLER
+            + 30 * self.FILLER
         )
         config = LMInfConfig(n_sink=16, n_window=256, middle=MiddleConfig())
         with Llama(default_model, lminf=config, n_threads=1, seed=0) as llm:
@@ -392,7 +398,7 @@ class TestRealModel:
                 steps = llm.generate(self.QUESTION, max_tokens=6, temperature=0, recall=recall)
                 answers[recall] = "".join(step.text for step in steps)
                 llm.truncate(n_past)
-        assert n_past > 1000
+        assert n_past > 700
         assert "71432" in answers[True]
         assert "71432" not in answers[False]
 
@@ -401,8 +407,8 @@ class TestRealModel:
 
         logprobs = {}
         for middle in (None, MiddleConfig()):
-            config = LMInfConfig(n_window=128, middle=middle)
+            config = LMInfConfig(n_window=64, middle=middle)
             with Llama(default_model, lminf=config, n_threads=1, seed=0) as llm:
-                logprobs[middle] = llm.logprobs(llm.tokenize(40 * self.FILLER))
+                logprobs[middle] = llm.logprobs(llm.tokenize(12 * self.FILLER))
         without, with_store = logprobs.values()
         np.testing.assert_array_equal(without, with_store)
