@@ -72,9 +72,11 @@ Context::Context(std::shared_ptr<Model> model, const context_options & options) 
     llama_model *              llama  = this->model->ptr.get();
     const llama_context_params params = to_llama(options);
     const log_scope            scope(this->model->verbose);
+    lminf_params               lminf = options.lminf.value_or(lminf_default_params());
+    lminf.middle.path                = options.store_path.empty() ? nullptr : options.store_path.c_str();
     {
         const py::gil_scoped_release released;
-        ptr.reset(options.lminf ? lminf_init_from_model(llama, params, *options.lminf)
+        ptr.reset(options.lminf ? lminf_init_from_model(llama, params, lminf)
                                 : init_plain(llama, params));
     }
     if (!ptr) {
@@ -289,6 +291,12 @@ void Context::use::shift(int64_t n_keep, int64_t n_discard) {
     }
     llama_memory_seq_add(memory, seq_id, end, -1, begin - end);
     forget_logits();
+}
+
+void Context::use::set_recall(int mode) {
+    if (!lminf_set_recall(ctx(), static_cast<lminf_recall_mode>(mode))) {
+        throw error(error_type::config, "recall: this context stores no middle tokens; pass LMInfConfig(middle=MiddleConfig())");
+    }
 }
 
 size_t Context::use::state_size() const {

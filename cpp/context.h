@@ -9,6 +9,7 @@
 #include <atomic>
 #include <mutex>
 #include <optional>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -16,6 +17,7 @@ namespace lminf_python {
 
 struct context_options {
     std::optional<lminf_params> lminf; // nullopt: plain llama.cpp
+    std::string                 store_path; // of its middle tokens; empty: memory
 
     uint32_t              n_ctx           = 0; // 0: the trained length
     uint32_t              n_batch         = 2048;
@@ -98,6 +100,9 @@ public:
     // All that the sequence needs to go on bit for bit, but for its last logits.
     size_t state_size() const;
     void   get_state(uint8_t * dst, size_t size) const;
+
+    // What is decoded from now on looks up middle tokens. Throws error_type::config if the context stores none.
+    void set_recall(int mode); // lminf_recall_mode
 
     // Throws error_type::state with llama.cpp's reason; the sequence is as it was before then.
     void set_state(const uint8_t * src, size_t size);

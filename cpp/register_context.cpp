@@ -47,9 +47,11 @@ static llama_flash_attn_type flash_attn_type(std::optional<bool> enabled) {
 
 static std::unique_ptr<Context> make_context(std::shared_ptr<Model> model, std::optional<lminf_params> lminf,
     uint32_t n_ctx, uint32_t n_batch, uint32_t n_ubatch, uint32_t n_seq_max, int32_t n_threads, int32_t n_threads_batch,
-    std::optional<bool> flash_attn, const std::string & cache_type_k, const std::string & cache_type_v) {
+    std::optional<bool> flash_attn, const std::string & cache_type_k, const std::string & cache_type_v,
+    const std::string & store_path) {
     context_options options;
     options.lminf           = lminf;
+    options.store_path      = store_path;
     options.n_ctx           = n_ctx;
     options.n_batch         = n_batch;
     options.n_ubatch        = n_ubatch;
@@ -62,9 +64,10 @@ static std::unique_ptr<Context> make_context(std::shared_ptr<Model> model, std::
     return std::make_unique<Context>(std::move(model), options);
 }
 
-static void decode(
-    Context & context, const token_array & tokens, llama_seq_id seq_id, const py::object & callers_check) {
+static void decode(Context & context, const token_array & tokens, llama_seq_id seq_id,
+    const py::object & callers_check, int recall) {
     Context::use held(context, seq_id);
+    held.set_recall(recall);
     held.decode(tokens.data(), tokens.size(), false, &callers_check);
 }
 
@@ -81,6 +84,29 @@ static void forget(Context & context, int64_t end, llama_seq_id seq_id) {
 static void shift(Context & context, int64_t n_keep, int64_t n_discard, llama_seq_id seq_id) {
     Context::use held(context, seq_id);
     held.shift(n_keep, n_discard);
+}
+
+// (position, weight) of the tokens that the last one looked up
+static std::vector<std::pair<int64_t, float>> recalled(Context & context, llama_seq_id seq_id) {
+    std::vector<lminf_recalled_token> found;
+    {
+        const Context::use held(context, seq_id);
+        found.resize(static_cast<size_t>(lminf_get_recall(held.ctx(), seq_id, nullptr, 0)));
+        lminf_get_recall(held.ctx(), seq_id, found.data(), static_cast<int32_t>(found.size()));
+    }
+    std::vector<std::pair<int64_t, float>> result;
+    for (const auto & token : found) {
+        result.emplace_back(token.pos, token.weight);
+    }
+    return result;
+}
+
+static lminf_middle_stats middle_stats(Context & context, llama_seq_id seq_id) {
+    const Context::use held(context, seq_id);
+
+    lminf_middle_stats result{};
+    lminf_get_middle_stats(held.ctx(), seq_id, &result);
+    return result;
 }
 
 static py::bytes get_state(Context & context, llama_seq_id seq_id) {
@@ -121,18 +147,21 @@ static void set_state(
     }
 }
 
-static void eval(Context & context, const token_array & tokens, float_array & out, llama_seq_id seq_id) {
+static void eval(
+    Context & context, const token_array & tokens, float_array & out, llama_seq_id seq_id, int recall) {
     if (out.ndim() != 2 || out.shape(0) != tokens.size() || out.shape(1) != context.model->n_vocab()) {
         throw error(error_type::config, "out must have the shape [n_tokens, n_vocab]");
     }
     float * dst = out.mutable_data();
 
     Context::use held(context, seq_id);
+    held.set_recall(recall);
     held.decode(tokens.data(), tokens.size(), true);
     std::memcpy(dst, llama_get_logits(held.ctx()), out.nbytes());
 }
 
-static void eval_batch(Context & context, const token_array & tokens, const token_array & seq_ids, float_array & out) {
+static void eval_batch(
+    Context & context, const token_array & tokens, const token_array & seq_ids, float_array & out, int recall) {
     if (seq_ids.size() != tokens.size()) {
         throw error(error_type::config, "tokens and seq_ids must have the same size");
     }
@@ -146,6 +175,7 @@ static void eval_batch(Context & context, const token_array & tokens, const toke
     const auto *      ids   = seq_ids.data();
 
     Context::use held(context, 0);
+    held.set_recall(recall);
     held.decode_batch(token, ids, static_cast<size_t>(n));
     for (py::ssize_t i = 0; i < n; i++) {
         const float * logits = llama_get_logits_ith(held.ctx(), static_cast<int32_t>(i));
@@ -154,7 +184,7 @@ static void eval_batch(Context & context, const token_array & tokens, const toke
 }
 
 static void score(Context & context, const token_array & tokens, const token_array & targets, float_array & out,
-    llama_seq_id seq_id) {
+    llama_seq_id seq_id, int recall) {
     if (targets.size() > tokens.size() || out.size() != targets.size()) {
         throw error(error_type::config, "out and targets must have the same size, at most that of tokens");
     }
@@ -163,6 +193,7 @@ static void score(Context & context, const token_array & tokens, const token_arr
     float *       dst     = out.mutable_data();
 
     Context::use held(context, seq_id);
+    held.set_recall(recall);
     held.decode(tokens.data(), tokens.size(), true);
     const float * logits = llama_get_logits(held.ctx());
     for (py::ssize_t i = 0; i < targets.size(); i++) {
@@ -257,8 +288,21 @@ static std::optional<py::bytes> test_get_sink_original(Context & context, int32_
     });
 }
 
+static lminf_middle_params make_middle(uint32_t k, bool per_head, uint32_t distance, uint32_t layer_begin,
+    uint32_t layer_end, const std::string & type, uint32_t max_tokens) {
+    lminf_middle_params middle = lminf_default_params().middle;
+    middle.k                   = k;
+    middle.per_head            = per_head;
+    middle.distance            = distance;
+    middle.layer_begin         = layer_begin;
+    middle.layer_end           = layer_end;
+    middle.cache_type          = cache_type("middle.cache_type", type);
+    middle.max_tokens          = max_tokens;
+    return middle;
+}
+
 static lminf_params make_params(uint32_t n_sink, uint32_t n_window, uint32_t n_clamp, uint32_t n_block,
-    uint32_t n_rollback, uint32_t n_rebase, bool kept) {
+    uint32_t n_rollback, uint32_t n_rebase, bool kept, std::optional<lminf_middle_params> middle) {
     lminf_params params = lminf_default_params();
     params.n_sink       = n_sink;
     params.n_window     = n_window;
@@ -267,19 +311,32 @@ static lminf_params make_params(uint32_t n_sink, uint32_t n_window, uint32_t n_c
     params.n_rollback   = n_rollback;
     params.n_rebase     = n_rebase;
     params.sink_order   = kept ? LMINF_SINK_ORDER_KEPT : LMINF_SINK_ORDER_CLAMPED;
+    params.middle       = middle.value_or(params.middle);
     return params;
 }
 
 static void register_params(py::module_ & m) {
+    py::class_<lminf_middle_params>(m, "MiddleParams")
+        .def(py::init(&make_middle), py::kw_only(), py::arg("k"), py::arg("per_head"), py::arg("distance"),
+            py::arg("layer_begin"), py::arg("layer_end"), py::arg("cache_type"), py::arg("max_tokens"))
+        .def_readonly("k", &lminf_middle_params::k)
+        .def_readonly("per_head", &lminf_middle_params::per_head)
+        .def_readonly("distance", &lminf_middle_params::distance)
+        .def_readonly("layer_begin", &lminf_middle_params::layer_begin)
+        .def_readonly("layer_end", &lminf_middle_params::layer_end)
+        .def_readonly("max_tokens", &lminf_middle_params::max_tokens);
+
     py::class_<lminf_params>(m, "Params")
         .def(py::init(&make_params), py::kw_only(), py::arg("n_sink"), py::arg("n_window"), py::arg("n_clamp"),
-            py::arg("n_block"), py::arg("n_rollback"), py::arg("n_rebase"), py::arg("kept"))
+            py::arg("n_block"), py::arg("n_rollback"), py::arg("n_rebase"), py::arg("kept"), py::arg("middle") = py::none())
         .def_readonly("n_sink", &lminf_params::n_sink)
         .def_readonly("n_window", &lminf_params::n_window)
         .def_readonly("n_clamp", &lminf_params::n_clamp)
         .def_readonly("n_block", &lminf_params::n_block)
         .def_readonly("n_rollback", &lminf_params::n_rollback)
         .def_readonly("n_rebase", &lminf_params::n_rebase)
+        .def_property_readonly("middle",
+            [](const lminf_params & params) { return params.middle.k > 0 ? std::optional(params.middle) : std::nullopt; })
         .def_property_readonly(
             "kept", [](const lminf_params & params) { return params.sink_order == LMINF_SINK_ORDER_KEPT; });
 }
@@ -298,9 +355,19 @@ static void register_stats(py::module_ & m) {
         .def_readonly("sink_distance", &lminf_stats::sink_distance);
 }
 
+static void register_middle_stats(py::module_ & m) {
+    py::class_<lminf_middle_stats>(m, "MiddleStats")
+        .def_readonly("n_stored", &lminf_middle_stats::n_stored)
+        .def_readonly("n_retrievable", &lminf_middle_stats::n_retrievable)
+        .def_readonly("n_bytes", &lminf_middle_stats::n_bytes)
+        .def_readonly("n_bytes_token", &lminf_middle_stats::n_bytes_token)
+        .def_readonly("scan_seconds", &lminf_middle_stats::scan_seconds);
+}
+
 void register_context(py::module_ & m) {
     register_params(m);
     register_stats(m);
+    register_middle_stats(m);
 
     m.def("use_params", &use_params, py::arg("params").none(true),
         "What llama_init_from_model() gives on this thread: with None plain contexts.");
@@ -318,12 +385,13 @@ void register_context(py::module_ & m) {
     const auto tokens = py::arg("tokens").noconvert();
     const auto out    = py::arg("out").noconvert();
     const auto seq_id = py::arg("seq_id") = 0;
+    const auto recall = py::arg("recall") = static_cast<int>(LMINF_RECALL_OFF);
 
     py::class_<Context>(m, "Context")
         .def(py::init(&make_context), py::arg("model"), py::kw_only(), py::arg("lminf") = py::none(),
             py::arg("n_ctx") = 0, py::arg("n_batch") = 2048, py::arg("n_ubatch") = 512, py::arg("n_seq_max") = 1,
             py::arg("n_threads") = 1, py::arg("n_threads_batch") = 1, py::arg("flash_attn") = py::none(),
-            py::arg("cache_type_k") = "f16", py::arg("cache_type_v") = "f16")
+            py::arg("cache_type_k") = "f16", py::arg("cache_type_v") = "f16", py::arg("store_path") = "")
         .def("close", &Context::close)
         .def_property_readonly("closed", &Context::is_closed)
         .def_property_readonly("n_ctx", with_ctx(llama_n_ctx_seq))
@@ -333,17 +401,19 @@ void register_context(py::module_ & m) {
         .def_property_readonly("params", &resolved_params)
         .def("n_past", &Context::n_past, seq_id)
         .def("stats", &stats, seq_id)
-        .def("decode", &decode, tokens, seq_id, py::arg("check") = py::none())
+        .def("middle_stats", &middle_stats, seq_id)
+        .def("recalled", &recalled, seq_id)
+        .def("decode", &decode, tokens, seq_id, py::arg("check") = py::none(), recall)
         .def("truncate", &truncate, py::arg("n_past"), seq_id)
         .def("forget", &forget, py::arg("end"), seq_id)
         .def("shift", &shift, py::arg("n_keep"), py::arg("n_discard"), seq_id)
         .def("get_state", &get_state, seq_id)
         .def("set_state", &set_state, py::arg("state"), py::arg("logits") = py::none(), seq_id)
-        .def("eval", &eval, tokens, out, seq_id)
-        .def("score", &score, tokens, py::arg("targets").noconvert(), out, seq_id)
+        .def("eval", &eval, tokens, out, seq_id, recall)
+        .def("score", &score, tokens, py::arg("targets").noconvert(), out, seq_id, recall)
         .def("last_logits", &last_logits, seq_id)
         .def("clear", &clear)
-        .def("eval_batch", &eval_batch, tokens, py::arg("seq_ids"), py::arg("out"),
+        .def("eval_batch", &eval_batch, tokens, py::arg("seq_ids"), py::arg("out"), recall,
             "Appends tokens to the sequences that they belong to, at once; writes logits [n_tokens, n_vocab].")
         .def("seq_cp", &seq_cp, py::arg("source"), py::arg("target"), py::arg("p0") = -1, py::arg("p1") = -1)
         .def("seq_keep", &seq_keep, seq_id)

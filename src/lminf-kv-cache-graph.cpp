@@ -15,6 +15,9 @@ ggml_tensor * lminf_kv_cache::k_rows(ggml_context * ctx, int32_t ikv) const {
 }
 
 ggml_tensor * lminf_kv_cache::build_input_k_idxs(ggml_context * ctx, const llama_ubatch & ubatch) const {
+    if (middle) {
+        build_middle_inputs(ctx, ubatch);
+    }
     const auto & c = capture;
     if (c.sinks.empty()) {
         return llama_kv_cache::build_input_k_idxs(ctx, ubatch);
@@ -56,6 +59,9 @@ ggml_tensor * lminf_kv_cache::cpy_k(
         if (ropes[ikv].state == lminf_rope::UNSUPPORTED) {
             lminf_refuse_rope(model);
         }
+    }
+    if (middle && middle_layers[ikv] >= 0) {
+        k_cur = store_k(ctx, k_cur, ikv);
     }
 
     const auto & c = capture;
@@ -109,6 +115,11 @@ ggml_tensor * lminf_kv_cache::cpy_k(
 
 ggml_tensor * lminf_kv_cache::cpy_v(
         ggml_context * ctx, ggml_tensor * v_cur, ggml_tensor * v_idxs, int32_t il, const slot_info & sinfo) const {
+    const int32_t ikv = map_layer_ids.at(il);
+    if (middle && middle_layers[ikv] >= 0) {
+        v_cur = store_v(ctx, v_cur, ikv);
+    }
+
     const auto & c = capture;
     if (!c.values.empty()) {
         const int64_t n_embd_head = hparams.n_embd_head_v(il);
@@ -131,6 +142,10 @@ ggml_tensor * lminf_kv_cache::cpy_v(
 
 void lminf_kv_cache::set_input_k_idxs(ggml_tensor * dst, const llama_ubatch * ubatch, const slot_info & sinfo) const {
     llama_kv_cache::set_input_k_idxs(dst, ubatch, sinfo);
+
+    if (middle) {
+        set_middle_inputs(*ubatch);
+    }
 
     const auto & c = capture;
     if (c.sinks.empty()) {

@@ -12,8 +12,8 @@
 static constexpr int64_t POS_RENUMBERED = int64_t(1) << 29;
 
 void lminf_kv_cache::clear(bool data) {
-    for (auto & seq : seqs) {
-        seq = lminf_sequence(policy);
+    for (llama_seq_id s = 0; s < (int) seqs.size(); ++s) {
+        reset_sequence(s);
     }
     capture = {};
 
@@ -57,7 +57,7 @@ bool lminf_kv_cache::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
 
         const auto [j0, j1] = logical_range(seq, p0, p1);
         if (j0 == 0 && j1 == seq.n_past) {
-            seq = lminf_sequence(policy);
+            reset_sequence(s);
         } else {
             seq.remove(j0, j1);
         }
@@ -69,7 +69,7 @@ bool lminf_kv_cache::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
 void lminf_kv_cache::seq_keep(llama_seq_id seq_id) {
     for (llama_seq_id s = 0; s < (int) seqs.size(); ++s) {
         if (s != seq_id) {
-            seqs[s] = lminf_sequence(policy);
+            reset_sequence(s);
         }
     }
 }
@@ -113,6 +113,10 @@ void lminf_kv_cache::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, ll
     auto & seq = seqs[seq_id_dst];
 
     seq = seqs[seq_id_src];
+    if (middle) {
+        const auto [slot, n] = middle_rows(seq);
+        middle->store.copy(seq_id_src, seq_id_dst, slot, n);
+    }
     if (p1 >= 0) {
         seq.remove(logical_range(seq, p1, -1).first, seq.n_past);
     }

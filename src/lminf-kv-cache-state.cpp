@@ -10,7 +10,7 @@
 #include <string>
 
 static constexpr uint32_t STATE_MAGIC   = 0x464e494c; // "LINF"
-static constexpr uint32_t STATE_VERSION = 1;
+static constexpr uint32_t STATE_VERSION = 2;
 
 // what has to be the same when a state is read
 std::vector<std::pair<const char *, int64_t>> lminf_kv_cache::state_parameters() const {
@@ -30,6 +30,9 @@ std::vector<std::pair<const char *, int64_t>> lminf_kv_cache::state_parameters()
         { "cache type of V",  type(&kv_layer::v)       },
         { "flash attention",  !v_trans                 },
         { "number of layers", (int64_t) layers.size()  },
+        { "max_tokens",       policy.n_middle          },
+        { "the cache type of middle tokens", middle ? middle->store.type : GGML_TYPE_COUNT },
+        { "bytes of a middle token",         middle ? (int64_t) middle->store.token_size() : 0 },
     };
 }
 
@@ -93,6 +96,9 @@ void lminf_kv_cache::state_write(llama_io_write_i & io, llama_seq_id seq_id, lla
         for_each_slice(s, seqs[s].n_used(), [&](ggml_tensor * t, size_t offset, size_t size) {
             io.write_tensor(t, offset, size);
         });
+        if (middle) {
+            write_middle(io, s);
+        }
     }
 }
 
@@ -137,6 +143,9 @@ void lminf_kv_cache::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama
         for_each_slice(s, seq.n_used(), [&](ggml_tensor * t, size_t offset, size_t size) {
             io.read_tensor(t, offset, size);
         });
+        if (middle) {
+            read_middle(io, s, seq);
+        }
         seqs[s] = seq;
     }
 }

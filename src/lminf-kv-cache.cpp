@@ -39,6 +39,7 @@ static lminf_policy make_policy(
     res.n_ubatch   = group.n_ubatch;
     res.n_rebase   = params.n_rebase;
     res.n_pinned   = params.n_sink;
+    res.n_middle   = is_swa || params.middle.k == 0 ? 0 : params.middle.max_tokens;
     res.n_reach    = std::max(params.n_window, hparams.swa_type != LLAMA_SWA_TYPE_NONE ? hparams.n_swa : 0);
     res.kept_order = params.sink_order == LMINF_SINK_ORDER_KEPT;
     res.chunked    = swa_type == LLAMA_SWA_TYPE_CHUNKED;
@@ -68,6 +69,7 @@ lminf_kv_cache::lminf_kv_cache(
             /* n_pad */ 1, n_swa, swa_type, /* mem_other */ nullptr, filter, reuse, /* share */ nullptr),
     group(std::move(group)), policy(policy), seqs(n_seq_max, lminf_sequence(this->policy)), ropes(layers.size()) {
     alloc_sink_originals();
+    make_middle();
     this->group->caches.push_back(this);
 }
 
@@ -138,6 +140,9 @@ llama_memory_context_ptr lminf_kv_cache::init_full() {
     capture.sinks     .resize(policy.n_sink*n_stream);
     capture.placements.resize(policy.n_sink_cells()*n_stream);
     capture.values    .resize((policy.n_sink_cells() - policy.n_sink)*n_stream);
+    if (middle) {
+        middle->recalls = false;
+    }
 
     return llama_kv_cache::init_full();
 }
@@ -306,6 +311,9 @@ bool lminf_kv_cache::begin_ubatch(const llama_ubatch & ubatch) {
         for (uint32_t i = 0; i < part.n; ++i) {
             ubatch.data->pos_rope.push_back((llama_pos) (seq.n_past + i - seq.base));
         }
+    }
+    if (middle) {
+        begin_middle(ubatch);
     }
     // no query sees a distance above L, so none needs another temperature than that of position L
     ubatch.data->pos_max = (llama_pos) policy.n_clamp;

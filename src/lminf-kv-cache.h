@@ -8,24 +8,31 @@
 #pragma once
 
 #include "lminf-policy.h"
+#include "lminf-recall.h"
 #include "lminf-rope.h"
 #include "lminf-runner.h"
 #include "lminf-sequence.h"
+#include "lminf-store.h"
 #include "lminf.h"
 
 #include "llama-kv-cache.h"
 
 #include <memory>
+#include <string>
 #include <vector>
 
 class lminf_kv_cache;
 
 // The caches of one context. They store the same tokens, and allow or refuse a removal together.
 struct lminf_cache_group {
-    lminf_cache_group(const lminf_params & params, uint32_t n_ubatch) : params(params), n_ubatch(n_ubatch) {}
+    lminf_cache_group(const lminf_params & params, uint32_t n_ubatch) :
+        params(params), store_path(params.middle.path ? params.middle.path : ""), n_ubatch(n_ubatch) {}
 
-    const lminf_params params; // resolved
+    const lminf_params params; // resolved; middle.path may be gone
+    const std::string  store_path;
     const uint32_t     n_ubatch;
+
+    lminf_recall_mode recall = LMINF_RECALL_OFF; // of the tokens that are decoded from now on
 
     std::vector<lminf_kv_cache *> caches; // in the order in which llama.cpp made them: that of the full-attention layers first
 };
@@ -42,6 +49,9 @@ public:
 
 // Ends the creation of a context by an exception: something happens to a key after RoPE, as its first graph shows.
 [[noreturn]] void lminf_refuse_rope(const llama_model & model);
+
+// The same: middle tokens cannot be recalled in this model's attention.
+[[noreturn]] void lminf_refuse_middle(const llama_model & model, const std::string & reason);
 
 class lminf_kv_cache : public llama_kv_cache {
 public:
@@ -103,8 +113,8 @@ public:
 
     uint32_t get_n_kv(const slot_info & sinfo) const override;
 
-    // not while sink tokens are captured
-    bool can_reuse_graph() const override { return capture.sinks.empty(); }
+    // not while sink tokens are captured, or when recall begins or ends
+    bool can_reuse_graph() const override { return capture.sinks.empty() && (!middle || middle->recalls == middle->was_built); }
 
     //
     // llama_kv_cache, as called while a graph is built and its inputs are set
@@ -112,6 +122,10 @@ public:
 
     ggml_tensor * cpy_k(ggml_context * ctx, ggml_tensor * k_cur, ggml_tensor * k_idxs, int32_t il, const slot_info & sinfo) const override;
     ggml_tensor * cpy_v(ggml_context * ctx, ggml_tensor * v_cur, ggml_tensor * v_idxs, int32_t il, const slot_info & sinfo) const override;
+
+    // the attention of a layer that recalls middle tokens in this micro-batch, else NULL
+    ggml_tensor * build_attn(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * kq_b,
+            ggml_tensor * kq_mask, ggml_tensor * sinks, float kq_scale, int32_t il) const override;
 
     ggml_tensor * build_input_k_idxs(ggml_context * ctx, const llama_ubatch & ubatch) const override;
     ggml_tensor * build_input_v_idxs(ggml_context * ctx, const llama_ubatch & ubatch) const override;
@@ -130,6 +144,14 @@ public:
 
     int64_t     n_past(llama_seq_id seq_id) const { return seqs[seq_id].n_past; }
     lminf_stats stats (llama_seq_id seq_id) const; // all but n_bytes
+
+    lminf_middle_stats          middle_stats(llama_seq_id seq_id) const;
+    std::vector<lminf_recalled> recalled    (llama_seq_id seq_id) const; // see lminf_recall::record()
+
+    // the model's graph asks this cache for the attention of each layer that is to recall
+    bool has_recall_hooks() const;
+
+    void set_recall(lminf_recall_mode mode) { group->recall = mode; }
 
     // true if llama_pos of this sequence got large and starts again from a smaller value; logical positions do not change
     bool renumber(llama_seq_id seq_id);
@@ -169,6 +191,47 @@ private:
         ggml_tensor * pos  = nullptr; // I32 [n*n_pos_per_embd], see rope_positions()
         ggml_tensor * cell = nullptr; // I64 [n]
     } inp_moves;
+
+    // Middle tokens: stored by every graph, recalled by some.
+    struct middle_tokens {
+        middle_tokens(std::vector<lminf_store::layer_shape> shapes, std::vector<int64_t> n_heads, const lminf_cache_group & group,
+                int64_t n_slots, int64_t n_seqs);
+
+        lminf_store  store;
+        lminf_recall recall;
+
+        bool recalls = false; // in the micro-batch at hand
+
+        // what the graph that was built last is made of
+        bool                       was_built = false; // with recall
+        ggml_tensor *              neg_pos   = nullptr; // I32, see rope_positions(): -position
+        ggml_tensor *              q_shift   = nullptr; // the same: from the query's position to its distance from recalled keys
+        std::vector<ggml_tensor *> stored_k; // [layer of the store]
+        std::vector<ggml_tensor *> stored_v;
+        std::vector<bool>          is_hooked; // build_attn() was called
+        std::vector<lminf_rope>    q_ropes;
+    };
+    std::unique_ptr<middle_tokens> middle; // NULL if none are stored
+
+    std::vector<int32_t> middle_layers; // [ikv] layer of the store, -1 for none
+
+    void make_middle();
+    void begin_middle(const llama_ubatch & ubatch);
+
+    ggml_tensor * store_k(ggml_context * ctx, ggml_tensor * k_cur, int32_t ikv) const;
+    ggml_tensor * store_v(ggml_context * ctx, ggml_tensor * v_cur, int32_t ikv) const;
+
+    void build_middle_inputs(ggml_context * ctx, const llama_ubatch & ubatch) const;
+    void set_middle_inputs(const llama_ubatch & ubatch) const;
+
+    void write_middle(llama_io_write_i & io, llama_seq_id seq_id) const;
+    void read_middle (llama_io_read_i  & io, llama_seq_id seq_id, const lminf_sequence & seq);
+
+    // the rows that a sequence has in the store: first slot, number
+    std::pair<int64_t, int64_t> middle_rows(const lminf_sequence & seq) const;
+
+    // the sequence is empty from now on
+    void reset_sequence(llama_seq_id seq_id);
 
     const std::shared_ptr<lminf_cache_group> group;
 

@@ -36,6 +36,22 @@ int64_t lminf_policy::distance(int64_t p, int64_t j) const {
     return p - (j < n_sink ? sink_pos(j, sink_shift(p)) : j);
 }
 
+bool lminf_policy::retrievable(int64_t p, int64_t j) const {
+    return j >= middle_begin(p) && j < window_begin(p);
+}
+
+int64_t lminf_policy::middle_begin(int64_t p) const {
+    return std::max(n_sink, p - n_middle + 1);
+}
+
+int64_t lminf_policy::n_slots() const {
+    return n_middle > 0 ? n_middle + n_rollback + n_ubatch : 0;
+}
+
+bool lminf_policy::can_cut_middle(int64_t n_keep, int64_t n_lost) const {
+    return n_middle == 0 || n_keep <= n_sink || n_lost <= middle_begin(n_keep);
+}
+
 int64_t lminf_policy::n_copies() const {
     if (alibi) {
         return 1;

@@ -20,6 +20,7 @@ struct lminf_policy {
     int64_t n_rebase   = 65536;
     int64_t n_pinned   = 4;    // the first tokens, which forgetting the oldest part of the window spares (n_sink of the model)
     int64_t n_reach    = 2048; // the largest n_window of all layers of the model: they are rebased together
+    int64_t n_middle   = 0;    // tokens that can be recalled, the newest ones (0: nothing is stored for that)
     bool    kept_order = false;
     bool    chunked    = false; // a query sees its own chunk of n_window tokens only (Llama 4), instead of a sliding window
     bool    alibi      = false; // no RoPE: the bias is computed for each query, so sink tokens need no copies
@@ -49,6 +50,23 @@ struct lminf_policy {
 
     // distance at which query p sees key j: at most L for sink tokens, with ALiBi for every key
     int64_t distance(int64_t p, int64_t j) const;
+
+    //
+    // middle tokens (section 4, "re-introducing a few middle tokens"): what a query can recall
+    //
+
+    // Query p can recall key j: it is no sink token, has left the window, and is one of the newest n_middle tokens. So of these
+    // every token is either visible or can be recalled.
+    bool retrievable(int64_t p, int64_t j) const;
+
+    int64_t middle_begin(int64_t p) const; // the oldest one that query p can recall: these are [middle_begin, window_begin)
+
+    // The store has a slot for each of them, and for those that a rollback or an aborted micro-batch could bring back.
+    int64_t n_slots() const;
+    int64_t slot(int64_t j) const { return j % n_slots(); }
+
+    // true if a sequence can be cut to n_keep tokens exactly, given that keys below n_lost were overwritten in the store
+    bool can_cut_middle(int64_t n_keep, int64_t n_lost) const;
 
     //
     // cells of one sequence: [sink copies | window ring]

@@ -95,6 +95,14 @@ lminf_rope lminf_rope::find(const ggml_tensor * k_cur) {
     return res;
 }
 
+lminf_rope lminf_rope::find_query(const ggml_tensor * q) {
+    const ggml_tensor * t = skip_moves(q);
+    while (t && (t->op == GGML_OP_SCALE || (t->op == GGML_OP_MUL && t->src[1]->ne[0] == 1))) {
+        t = skip_moves(t->src[0]);
+    }
+    return find(t);
+}
+
 // op_params as laid out by ggml_rope_impl()
 void lminf_rope::read(const ggml_tensor * rope) {
     const int32_t * ints = rope->op_params;

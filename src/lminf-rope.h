@@ -24,6 +24,9 @@ struct lminf_rope {
     // Finds out how k_cur, as it is handed to the cache, was rotated. k_cur may have passed the cache's Hadamard rotation.
     static lminf_rope find(const ggml_tensor * k_cur);
 
+    // The same of a query. What its heads are scaled with after RoPE does not matter to a rotation.
+    static lminf_rope find_query(const ggml_tensor * q);
+
     // Each returns F32 [n_embd_head, n_head_kv, n] from the same. PLAIN layers return cur.
     // pos: I32 [n]; with M-RoPE I32 [4*n], as llama.cpp lays out the positions of text: three times [n], and zeros.
     ggml_tensor * unrotate(ggml_context * ctx, ggml_tensor * cur, ggml_tensor * neg_pos) const; // neg_pos = -position

@@ -16,6 +16,10 @@ std::vector<uint32_t> lminf_sequence::append(int64_t n) {
     // The first free cell: a stream that grows one token at a time then uses W + n_rollback cells and leaves the slack for
     // micro-batches alone, so that attention has fewer cells to look at.
     size_t i = policy->ring_start();
+    if (policy->n_middle > 0) {
+        n_lost = std::max(n_lost, n_past + n - policy->n_slots());
+    }
+
     for (; n > 0; --n, ++n_past) {
         if (n_past < policy->n_sink) {
             res.push_back((uint32_t) policy->sink_cell(0, n_past));
@@ -59,7 +63,7 @@ bool lminf_sequence::can_remove(int64_t j0, int64_t j1) const {
     if (j1 >= n_past) {
         // nobody misses what was forgotten on purpose
         const bool is_forgotten = oldest >= n_evicted && policy->window_begin(j0) >= policy->n_pinned;
-        return is_forgotten || policy->can_cut(j0, n_past, n_evicted);
+        return (is_forgotten || policy->can_cut(j0, n_past, n_evicted)) && policy->can_cut_middle(j0, n_lost);
     }
     // the oldest part of the window: from anywhere between the pinned tokens and what is still there
     return j0 >= policy->n_pinned && j0 <= std::max(oldest, policy->window_begin(n_past));
@@ -77,6 +81,8 @@ void lminf_sequence::remove(int64_t j0, int64_t j1) {
     n_past = std::max<int64_t>(0, j0);
     oldest = std::min(oldest, std::max(n_past, policy->n_pinned));
 
+    n_skipped = std::min(n_skipped, n_past);
+
     for (auto & j : ring) {
         if (j >= n_past) {
             j = -1;
@@ -84,6 +90,7 @@ void lminf_sequence::remove(int64_t j0, int64_t j1) {
     }
     if (n_past <= policy->n_sink) {
         n_evicted = policy->n_sink;
+        n_lost    = 0;
         std::fill(ring.begin(), ring.end(), -1);
     }
     for (size_t i = 0; i < copies.size() && n_past < policy->n_sink; ++i) {
@@ -96,12 +103,20 @@ void lminf_sequence::remove(int64_t j0, int64_t j1) {
 }
 
 void lminf_sequence::set_position(int64_t pos) {
+    n_skipped = pos;
     n_past    = pos;
     n_evicted = std::max(n_evicted, policy->evict_before(pos));
     oldest    = pos;
     for (auto & j : ring) {
         j = j < policy->n_pinned ? j : -1;
     }
+}
+
+std::pair<int64_t, int64_t> lminf_sequence::middle(int64_t p) const {
+    const int64_t begin = std::max(policy->middle_begin(p), stored().first);
+    const int64_t end   = policy->n_middle > 0 ? std::min(p, std::max(policy->window_begin(p), oldest)) : 0;
+
+    return { begin, std::max(begin, end) };
 }
 
 int64_t lminf_sequence::key_at(int64_t cell) const {
@@ -144,7 +159,7 @@ int64_t lminf_sequence::n_window() const {
 }
 
 std::vector<int64_t> lminf_sequence::save() const {
-    std::vector<int64_t> res = { n_past, origin, base, n_placements, n_rebases, n_evicted, oldest };
+    std::vector<int64_t> res = { n_past, origin, base, n_placements, n_rebases, n_evicted, oldest, n_lost, n_skipped };
     for (const auto & copy : copies) {
         res.insert(res.end(), { copy.shift, copy.base, copy.n_k, copy.n_v });
     }
@@ -159,7 +174,8 @@ bool lminf_sequence::load(const std::vector<int64_t> & data) {
     }
 
     auto it = data.begin();
-    for (auto * x : { &res.n_past, &res.origin, &res.base, &res.n_placements, &res.n_rebases, &res.n_evicted, &res.oldest }) {
+    for (auto * x : { &res.n_past, &res.origin, &res.base, &res.n_placements, &res.n_rebases, &res.n_evicted, &res.oldest, &res.n_lost,
+                    &res.n_skipped }) {
         *x = *it++;
     }
     for (auto & copy : res.copies) {
@@ -175,6 +191,7 @@ bool lminf_sequence::load(const std::vector<int64_t> & data) {
     ok = ok && res.origin >= 0 && res.origin <= res.n_past && res.n_past - res.origin < (int64_t(1) << 31);
     ok = ok && res.base >= 0 && res.base <= res.n_past && res.n_past - res.base <= policy->rebase_limit();
     ok = ok && res.n_evicted >= policy->n_sink && res.oldest >= 0 && res.oldest < n_max;
+    ok = ok && res.n_lost >= 0 && res.n_lost <= std::max<int64_t>(0, res.n_past) && res.n_skipped >= 0;
     for (const int64_t j : res.ring) {
         ok = ok && j >= -1 && j < res.n_past;
     }

@@ -7,8 +7,10 @@
 
 #include "lminf-policy.h"
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 class lminf_sequence {
@@ -53,6 +55,12 @@ public:
     bool is_kept(int64_t j) const { return j >= oldest || j < policy->n_pinned; }
     bool visible(int64_t p, int64_t j) const { return policy->visible(p, j) && is_kept(j); }
 
+    // the keys that query p can recall, [first, second): they are stored, and it does not see them
+    std::pair<int64_t, int64_t> middle(int64_t p) const;
+
+    // keys whose rows are in the store of middle tokens, [first, second), though no query may want some of them any more
+    std::pair<int64_t, int64_t> stored() const { return { std::max(n_lost, n_skipped), n_past }; }
+
     int64_t key_at  (int64_t cell) const; // position of the key that a cell of the ring holds, -1 for none
     int64_t cell_of (int64_t j)    const; // -1 if key j is not stored
     int64_t n_used  ()             const; // cells up to the last one that holds a key
@@ -81,6 +89,8 @@ private:
 
     int64_t n_evicted = 0; // window keys below this may have been overwritten
     int64_t oldest    = 0; // window keys below this were forgotten on purpose
+    int64_t n_lost    = 0; // keys below this were overwritten in the store of middle tokens
+    int64_t n_skipped = 0; // keys below this were never in it
 
     std::vector<int64_t> ring; // [n_ring] position of the key in each cell, -1 for none
 };

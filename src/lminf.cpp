@@ -59,6 +59,16 @@ struct lminf_params lminf_default_params(void) {
         /*.n_rollback =*/ 128,
         /*.n_rebase   =*/ 0,
         /*.sink_order =*/ LMINF_SINK_ORDER_CLAMPED,
+        /*.middle     =*/ {
+            /*.k           =*/ 0,
+            /*.per_head    =*/ false,
+            /*.distance    =*/ 0,
+            /*.layer_begin =*/ 4,
+            /*.layer_end   =*/ 0,
+            /*.max_tokens  =*/ 65536,
+            /*.cache_type  =*/ GGML_TYPE_Q8_0,
+            /*.path        =*/ nullptr,
+        },
     };
 }
 
@@ -100,6 +110,74 @@ static std::string unsupported_reason(const llama_model & model, llama_context_t
 
 static lminf_status fail_unsupported(const llama_model & model, const std::string & reason) {
     return fail(LMINF_STATUS_UNSUPPORTED, "LM-Infinite does not support this model (" + model.arch_name() + "): " + reason);
+}
+
+// Middle tokens can be recalled only in attention of the plain kind.
+static std::string middle_unsupported_reason(const llama_model & model) {
+    const auto & hparams = model.hparams;
+
+    if (hparams.is_mla()) {
+        return "latent attention has one key for all heads";
+    }
+    if (hparams.use_alibi) {
+        return "it has ALiBi instead of RoPE";
+    }
+    if (model.arch == LLM_ARCH_GROK) {
+        return "its attention squeezes logits in a way of its own";
+    }
+    if (std::any_of(model.layers.begin(), model.layers.end(), [](const llama_layer & layer) { return layer.attn_sinks; })) {
+        return "its attention has learned sink logits";
+    }
+    return "";
+}
+
+static lminf_status fail_middle(const llama_model & model, const std::string & reason) {
+    return fail(LMINF_STATUS_UNSUPPORTED, "middle tokens cannot be recalled by this model (" + model.arch_name() + "): " + reason);
+}
+
+static lminf_status resolve_middle(const llama_model & model, const lminf_params & params, lminf_middle_params & p) {
+    if (p.k == 0) {
+        return LMINF_STATUS_OK;
+    }
+    const std::string reason = middle_unsupported_reason(model);
+    if (!reason.empty()) {
+        return fail_middle(model, reason);
+    }
+
+    const auto & hparams = model.hparams;
+    const uint32_t n_layer = hparams.n_layer();
+
+    p.distance  = p.distance  ? p.distance  : std::max(1u, params.n_clamp/2);
+    p.layer_end = p.layer_end ? p.layer_end : n_layer;
+
+    const auto str = [](uint64_t x) { return std::to_string(x); };
+
+    if (p.k > 256) {
+        return fail(LMINF_STATUS_CONFIG, "middle tokens: k = " + str(p.k) + " is larger than 256");
+    }
+    if (p.distance > params.n_clamp) {
+        return fail(LMINF_STATUS_CONFIG, "middle tokens: distance = " + str(p.distance) + " is larger than n_clamp = " + str(params.n_clamp));
+    }
+    if (p.layer_begin >= p.layer_end || p.layer_end > n_layer) {
+        return fail(LMINF_STATUS_CONFIG, "middle tokens: layers [" + str(p.layer_begin) + ", " + str(p.layer_end) +
+                ") are no part of the model's " + str(n_layer));
+    }
+    if (p.max_tokens <= params.n_window || p.max_tokens > (1u << 28)) {
+        return fail(LMINF_STATUS_CONFIG, "middle tokens: max_tokens = " + str(p.max_tokens) + " must be larger than n_window = " +
+                str(params.n_window) + " and at most 2^28");
+    }
+    switch (p.cache_type) {
+        case GGML_TYPE_F32: case GGML_TYPE_F16: case GGML_TYPE_Q8_0: case GGML_TYPE_Q4_0: break;
+        default: return fail(LMINF_STATUS_CONFIG, "middle tokens: the cache type must be f32, f16, q8_0 or q4_0");
+    }
+    const int64_t n_block = ggml_blck_size((ggml_type) p.cache_type);
+    for (uint32_t il = p.layer_begin; il < p.layer_end; ++il) {
+        if (hparams.n_embd_head_k(il) % n_block != 0 || hparams.n_embd_head_v(il) % n_block != 0) {
+            return fail(LMINF_STATUS_CONFIG, std::string("middle tokens: cache type ") + ggml_type_name((ggml_type) p.cache_type) +
+                    " needs a head size that is a multiple of " + str(n_block) + "; this model's is " + str(hparams.n_embd_head_k(il)));
+        }
+    }
+    return LMINF_STATUS_OK;
 }
 
 static lminf_status resolve_params(const llama_model & model, llama_context_type ctx_type, uint32_t n_seq_max, lminf_params & p) {
@@ -146,8 +224,9 @@ static lminf_status resolve_params(const llama_model & model, llama_context_type
         return fail(LMINF_STATUS_CONFIG, "with sink_order kept, n_sink + n_window = " + str((uint64_t) p.n_sink + p.n_window) +
                 " must be at most n_clamp + 1 = " + str((uint64_t) p.n_clamp + 1));
     }
+    const lminf_status status = resolve_middle(model, p, p.middle);
 
-    return succeed();
+    return status == LMINF_STATUS_OK ? succeed() : status;
 }
 
 enum lminf_status lminf_resolve_params(
@@ -303,6 +382,11 @@ void lminf_refuse_rope(const llama_model & model) {
     throw std::runtime_error(last_error);
 }
 
+void lminf_refuse_middle(const llama_model & model, const std::string & reason) {
+    fail_middle(model, reason);
+    throw std::runtime_error(last_error);
+}
+
 struct llama_context * lminf_init_from_model(
         struct llama_model * model, struct llama_context_params cparams, struct lminf_params params) {
     if (lminf_resolve_params(model, cparams, &params) != LMINF_STATUS_OK ||
@@ -326,6 +410,11 @@ struct llama_context * lminf_init_from_model(
     llama_context * ctx = llama_init_from_model(model, cparams);
     request = before;
 
+    if (ctx && !get_kv_cache(ctx)->has_recall_hooks()) {
+        fail_middle(*model, "its attention is built in a way of its own");
+        llama_free(ctx);
+        return nullptr;
+    }
     if (!ctx && last_status == LMINF_STATUS_OK) {
         fail(LMINF_STATUS_CONTEXT, "llama.cpp could not create the context; its log says why");
     }
@@ -348,6 +437,7 @@ bool lminf_get_params(const struct llama_context * ctx, struct lminf_params * pa
     const auto * kv = get_kv_cache(ctx);
     if (kv && params) {
         *params = kv->get_group().params;
+        params->middle.path = kv->get_group().store_path.empty() ? nullptr : kv->get_group().store_path.c_str();
     }
     return kv != nullptr;
 }
@@ -372,6 +462,37 @@ bool lminf_get_stats(const struct llama_context * ctx, llama_seq_id seq_id, stru
         stats->n_bytes += size;
     }
     return true;
+}
+
+bool lminf_get_middle_stats(const struct llama_context * ctx, llama_seq_id seq_id, struct lminf_middle_stats * stats) {
+    if (!ctx || !stats || seq_id < 0 || (uint32_t) seq_id >= llama_n_seq_max(ctx)) {
+        return false;
+    }
+    const auto * kv = get_kv_cache(ctx);
+    *stats = kv ? kv->middle_stats(seq_id) : lminf_middle_stats{};
+    return true;
+}
+
+bool lminf_set_recall(struct llama_context * ctx, enum lminf_recall_mode mode) {
+    auto * kv = get_kv_cache(ctx);
+    if (!kv || kv->get_group().params.middle.k == 0) {
+        return mode == LMINF_RECALL_OFF;
+    }
+    kv->set_recall(mode);
+    return true;
+}
+
+int32_t lminf_get_recall(
+        const struct llama_context * ctx, llama_seq_id seq_id, struct lminf_recalled_token * dst, int32_t n_max) {
+    const auto * kv = get_kv_cache(ctx);
+    if (!kv || !kv->has_seq(seq_id)) {
+        return 0;
+    }
+    const auto found = kv->recalled(seq_id);
+    for (int32_t i = 0; i < std::min((int32_t) found.size(), n_max); ++i) {
+        dst[i] = { found[i].pos, found[i].weight };
+    }
+    return (int32_t) found.size();
 }
 
 int64_t lminf_n_past(const struct llama_context * ctx, llama_seq_id seq_id) {

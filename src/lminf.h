@@ -22,6 +22,19 @@ enum lminf_sink_order {
     LMINF_SINK_ORDER_KEPT    = 1, // far sink tokens keep their distances to each other (pinned system prompts)
 };
 
+// Middle tokens (section 4 of the paper): what has left the window is stored, and the few tokens that matter most to a query are
+// looked up when lminf_set_recall() asks for it.
+struct lminf_middle_params {
+    uint32_t k;           // tokens that a query looks up in each layer; 0: nothing is stored
+    bool     per_head;    // k for each query head (the paper); else for each KV head, whose query heads share them
+    uint32_t distance;    // D: RoPE distance at which recalled tokens are seen; 0 = n_clamp/2
+    uint32_t layer_begin; // layers [layer_begin, layer_end) recall
+    uint32_t layer_end;   // 0 = to the last one
+    uint32_t max_tokens;  // the newest tokens of a sequence that can be recalled; older ones are gone
+    int32_t  cache_type;  // ggml_type of stored keys and values: F32, F16, Q8_0 or Q4_0
+    const char * path;    // file that holds the store, NULL: memory. Read while a context is made
+};
+
 struct lminf_params {
     uint32_t n_sink;     // S: the first S tokens of a sequence are never evicted
     uint32_t n_window;   // W: key j is in the local window of query p iff p - j < W; 0 = min(2048, trained context)
@@ -30,6 +43,13 @@ struct lminf_params {
     uint32_t n_rollback; // tokens at the end of a sequence that can be removed exactly at any time
     uint32_t n_rebase;   // physical position at which a sequence is rebased; 0 = 65536
     enum lminf_sink_order sink_order;
+    struct lminf_middle_params middle; // k = 0 by default
+};
+
+enum lminf_recall_mode {
+    LMINF_RECALL_OFF   = 0,
+    LMINF_RECALL_ON    = 1,
+    LMINF_RECALL_GATED = 2, // only tokens that weigh more than all that the query sees anyway
 };
 
 // Why the last call on this thread failed.
@@ -52,6 +72,21 @@ struct lminf_stats {
     uint32_t n_cells_used;
     uint32_t n_ring;      // cells of the window ring: W + n_rollback + n_ubatch, padded
     int32_t  sink_distance; // RoPE distance from the last token to the farthest sink token, -1 with no sink token
+};
+
+// The store of middle tokens of one sequence. All 0 in a context without one.
+struct lminf_middle_stats {
+    int64_t n_stored;      // tokens with rows in the store
+    int64_t n_retrievable; // those of them that the next query could recall: it does not see them
+    int64_t n_bytes;       // that the stored tokens take
+    int64_t n_bytes_token; // of one token
+    double  scan_seconds;  // spent on looking through stored keys, all sequences together
+};
+
+// what a token looked up
+struct lminf_recalled_token {
+    int64_t pos;
+    float   weight; // its share of the attention, summed over all layers and query heads
 };
 
 LLAMA_API struct lminf_params lminf_default_params(void);
@@ -81,6 +116,17 @@ LLAMA_API bool lminf_get_params(const struct llama_context * ctx, struct lminf_p
 
 // Also for contexts without LM-Infinite: nothing is evicted, placed or rebased there. false if there is no such sequence.
 LLAMA_API bool lminf_get_stats(const struct llama_context * ctx, llama_seq_id seq_id, struct lminf_stats * stats);
+
+LLAMA_API bool lminf_get_middle_stats(
+        const struct llama_context * ctx, llama_seq_id seq_id, struct lminf_middle_stats * stats);
+
+// Whether the tokens that are decoded from now on look up middle tokens. false if the context stores none.
+LLAMA_API bool lminf_set_recall(struct llama_context * ctx, enum lminf_recall_mode mode);
+
+// What the last token of the sequence looked up, if the last llama_decode() recalled: at most n_max tokens, the heaviest first.
+// Returns how many there are.
+LLAMA_API int32_t lminf_get_recall(
+        const struct llama_context * ctx, llama_seq_id seq_id, struct lminf_recalled_token * dst, int32_t n_max);
 
 // Logical position of the sequence's next token, for contexts with and without LM-Infinite.
 LLAMA_API int64_t lminf_n_past(const struct llama_context * ctx, llama_seq_id seq_id);

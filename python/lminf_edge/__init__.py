@@ -23,7 +23,8 @@ from lminf_edge.errors import (
     UnsupportedModelError,
 )
 from lminf_edge.llama import Llama
-from lminf_edge.records import ChatUsage, GenerationStep, MemoryStats, TextPiece
+from lminf_edge.middle import MiddleConfig
+from lminf_edge.records import ChatUsage, GenerationStep, MemoryStats, RecalledToken, TextPiece
 
 __version__ = version("lminf-edge")
 
@@ -37,7 +38,9 @@ __all__ = [
     "LMInfError",
     "Llama",
     "MemoryStats",
+    "MiddleConfig",
     "ModelLoadError",
+    "RecalledToken",
     "StateError",
     "TextPiece",
     "UnsupportedModelError",

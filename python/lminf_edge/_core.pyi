@@ -86,6 +86,45 @@ class Model:
     def detokenize(self, tokens: _Tokens, remove_special: bool, unparse_special: bool) -> bytes: ...
     def token_to_piece(self, token: int, special: bool) -> bytes: ...
 
+class MiddleParams:
+    """lminf_middle_params: 0 means "default" for distance and layer_end."""
+
+    def __init__(
+        self,
+        *,
+        k: int,
+        per_head: bool,
+        distance: int,
+        layer_begin: int,
+        layer_end: int,
+        cache_type: str,
+        max_tokens: int,
+    ) -> None: ...
+    @property
+    def k(self) -> int: ...
+    @property
+    def per_head(self) -> bool: ...
+    @property
+    def distance(self) -> int: ...
+    @property
+    def layer_begin(self) -> int: ...
+    @property
+    def layer_end(self) -> int: ...
+    @property
+    def max_tokens(self) -> int: ...
+
+class MiddleStats:
+    @property
+    def n_stored(self) -> int: ...
+    @property
+    def n_retrievable(self) -> int: ...
+    @property
+    def n_bytes(self) -> int: ...
+    @property
+    def n_bytes_token(self) -> int: ...
+    @property
+    def scan_seconds(self) -> float: ...
+
 class Params:
     """lminf_params: 0 means "default" for n_window, n_clamp, n_block and n_rebase."""
 
@@ -99,6 +138,7 @@ class Params:
         n_rollback: int,
         n_rebase: int,
         kept: bool,
+        middle: MiddleParams | None = None,
     ) -> None: ...
     @property
     def n_sink(self) -> int: ...
@@ -114,6 +154,8 @@ class Params:
     def n_rebase(self) -> int: ...
     @property
     def kept(self) -> bool: ...
+    @property
+    def middle(self) -> MiddleParams | None: ...
 
 class Stats:
     @property
@@ -152,6 +194,7 @@ class Context:
         flash_attn: bool | None = None,
         cache_type_k: str = "f16",
         cache_type_v: str = "f16",
+        store_path: str = "",
     ) -> None: ...
     def close(self) -> None: ...
     @property
@@ -168,8 +211,15 @@ class Context:
     def params(self) -> Params | None: ...
     def n_past(self, seq_id: int = 0) -> int: ...
     def stats(self, seq_id: int = 0) -> Stats: ...
-    def decode(self, tokens: _Tokens, seq_id: int = 0, check: Callable[[], object] | None = None) -> None:
+    def middle_stats(self, seq_id: int = 0) -> MiddleStats: ...
+    def recalled(self, seq_id: int = 0) -> list[tuple[int, float]]:
+        """Position and weight of what the last token looked up, the heaviest first."""
+    def decode(
+        self, tokens: _Tokens, seq_id: int = 0, check: Callable[[], object] | None = None, recall: int = 0
+    ) -> None:
         """Appends at most n_batch tokens; the logits of the last one stay for a sampler.
+
+        recall: 0 off, 1 on, 2 gated.
 
         check is called about every 50 ms; what it raises stops the call, and complete micro-batches stay.
         """
@@ -181,12 +231,12 @@ class Context:
     def get_state(self, seq_id: int = 0) -> bytes: ...
     def set_state(self, state: bytes, logits: _Floats | None = None, seq_id: int = 0) -> None:
         """Puts a state in place of the sequence; logits are those of its last token, if they are known."""
-    def eval(self, tokens: _Tokens, out: _Floats, seq_id: int = 0) -> None:
+    def eval(self, tokens: _Tokens, out: _Floats, seq_id: int = 0, recall: int = 0) -> None:
         """The same, with the logits of all tokens in out, [n_tokens, n_vocab]."""
-    def score(self, tokens: _Tokens, targets: _Tokens, out: _Floats, seq_id: int = 0) -> None:
+    def score(self, tokens: _Tokens, targets: _Tokens, out: _Floats, seq_id: int = 0, recall: int = 0) -> None:
         """The same, with out[i] the natural-log probability of targets[i] after tokens[i]; targets may be shorter."""
     def last_logits(self, seq_id: int = 0) -> _Floats: ...
-    def eval_batch(self, tokens: _Tokens, seq_ids: _Tokens, out: _Floats) -> None:
+    def eval_batch(self, tokens: _Tokens, seq_ids: _Tokens, out: _Floats, recall: int = 0) -> None:
         """Appends tokens to the sequences that they belong to, at once; writes logits [n_tokens, n_vocab]."""
     def clear(self) -> None: ...
     def seq_cp(self, source: int, target: int, p0: int = -1, p1: int = -1) -> None: ...

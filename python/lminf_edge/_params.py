@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from lminf_edge._checks import check_optional_int
 from lminf_edge._library import _core
 from lminf_edge.config import LMInfConfig
 from lminf_edge.errors import ConfigError
+from lminf_edge.middle import MiddleConfig
 
 
 def batch_sizes(n_batch: int | None, n_ubatch: int | None) -> tuple[int, int]:
@@ -23,6 +26,22 @@ def batch_sizes(n_batch: int | None, n_ubatch: int | None) -> tuple[int, int]:
     return batch, ubatch
 
 
+def to_middle_params(middle: MiddleConfig | None) -> _core.MiddleParams | None:
+    """The C API's lminf_middle_params, in which 0 means "default"; without the path."""
+    if middle is None:
+        return None
+    begin, end = middle.layers
+    return _core.MiddleParams(
+        k=middle.k,
+        per_head=middle.per == "head",
+        distance=middle.distance or 0,
+        layer_begin=begin,
+        layer_end=end or 0,
+        cache_type=middle.cache_type,
+        max_tokens=middle.max_tokens,
+    )
+
+
 def to_params(config: LMInfConfig | None, n_rebase: int) -> _core.Params | None:
     """The C API's lminf_params, in which 0 means "default"."""
     if config is None:
@@ -35,13 +54,17 @@ def to_params(config: LMInfConfig | None, n_rebase: int) -> _core.Params | None:
         n_rollback=config.n_rollback,
         n_rebase=n_rebase,
         kept=config.sink_order == "kept",
+        middle=to_middle_params(config.middle),
     )
 
 
-def from_params(params: _core.Params | None) -> LMInfConfig | None:
-    """The configuration that lminf_params stand for."""
+def from_params(params: _core.Params | None, middle: MiddleConfig | None = None) -> LMInfConfig | None:
+    """The configuration that lminf_params stand for; of `middle` what they do not say."""
     if params is None:
         return None
+    if middle is not None and params.middle is not None:
+        layers = (params.middle.layer_begin, params.middle.layer_end)
+        middle = replace(middle, distance=params.middle.distance, layers=layers)
     return LMInfConfig(
         n_sink=params.n_sink,
         n_window=params.n_window,
@@ -49,4 +72,5 @@ def from_params(params: _core.Params | None) -> LMInfConfig | None:
         n_block=params.n_block,
         n_rollback=params.n_rollback,
         sink_order="kept" if params.kept else "clamped",
+        middle=middle,
     )

@@ -26,6 +26,7 @@ from lminf_edge.drawing import DrawOptions, draw_tokens
 from lminf_edge.errors import ConfigError, StateError
 from lminf_edge.gguf_file import check_gguf_file
 from lminf_edge.llama import Llama
+from lminf_edge.middle import MiddleConfig, RecallPlan
 from lminf_edge.records import ChatUsage, MemoryStats, TextPiece
 from lminf_edge.state_file import StateFile, read_state_file, write_state_file
 from lminf_edge.text_generation import TextOptions, write_text
@@ -93,6 +94,7 @@ class ChatSession:
         n_clamp: int | None = None,
         n_block: int | None = None,
         n_rollback: int = 128,
+        middle: MiddleConfig | None = None,
         **options: Any,
     ) -> Self:
         """Opens a model for a conversation; `close` closes it.
@@ -105,6 +107,7 @@ class ChatSession:
             n_clamp: Largest RoPE distance. None: n_sink + n_window - 1, which the kept order of sink tokens needs.
             n_block: See `LMInfConfig`.
             n_rollback: See `LMInfConfig`.
+            middle: See `LMInfConfig`. The last message of the user and the answer then look up what was said before.
             **options: Of `Llama`.
 
         Raises:
@@ -114,7 +117,7 @@ class ChatSession:
         """
         signature(Llama).bind(Path(), **options)
         if options.get("lminf") is not None:
-            raise ConfigError("lminf: a session's own options are n_window, n_clamp, n_block and n_rollback")
+            raise ConfigError("lminf: a session's own options are n_window, n_clamp, n_block, n_rollback, middle")
         model = _core.Model(str(check_gguf_file(model_path)), vocab_only=True)
         checked = _checked_text("system", system) if system is not None else None
         pinned = TurnFormat(ChatFormat(model, options.get("chat_format")), checked, check_tools(tools)).pinned
@@ -133,6 +136,7 @@ class ChatSession:
             n_block=n_block,
             n_rollback=n_rollback,
             sink_order="kept",
+            middle=middle,
         )
         return cls._with(Llama(model_path, **{**options, "lminf": config}), system=system, tools=tools)
 
@@ -324,7 +328,7 @@ class ChatSession:
         Args:
             model_path: The model file that it was saved with.
             path: What `save_state` wrote.
-            **options: Of `Llama`, but for those that the file says.
+            **options: Of `Llama`, but for those that the file says; and `middle`, where its store is a file.
 
         Raises:
             StateError, LMInfError: As for `load_state` and `open`.
@@ -334,6 +338,8 @@ class ChatSession:
             settings = file.header["settings"]
             saved = {name: settings[name] for name in _SAVED_OPTIONS}
             saved.update(system=file.header["system"], tools=file.header["tools"])
+            if settings.get("middle") is not None and "middle" not in options:
+                saved["middle"] = MiddleConfig(**settings["middle"])
         except (LookupError, TypeError) as error:
             raise StateError(f"{path} is not the saved state of a conversation") from error
         session = cls.open(model_path, **{**options, **saved})
@@ -433,15 +439,21 @@ class ChatSession:
         """What writes an answer with given options, after they were checked."""
 
         def start(options: TextOptions) -> Writing:
+            plan = self._llm._recall_plan(options.recall)
             sampler = options.sampling.sampler(self._llm._model, self._llm._next_seed(options.seed))
             writing = Writing(pieces=_nothing())
-            writing.pieces = self._answer(begin, sampler, options, writing)
+            writing.pieces = self._answer(begin, sampler, options, plan, writing)
             return writing
 
         return start
 
     def _answer(
-        self, begin: Callable[[], None], sampler: _core.Sampler, options: TextOptions, writing: Writing
+        self,
+        begin: Callable[[], None],
+        sampler: _core.Sampler,
+        options: TextOptions,
+        plan: RecallPlan,
+        writing: Writing,
     ) -> Generator[TextPiece, None, None]:
         sequence = self._llm._sequence
         with self._changing() as turn:
@@ -459,6 +471,9 @@ class ChatSession:
             check=options.check,
             before_append=lambda: self._forget(sequence.n_past + 1),
             turn=turn,
+            recall=plan,
+            n_question=self._conversation.end - self._conversation.messages[-2].begin,
+            n_recalled=options.n_recalled,
         )
         remembered = self._conversation.unread(0)
         sampler.accept(np.array(remembered[: len(remembered) - len(prompt)], np.int32))  # for the penalties

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 import uuid
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -13,6 +14,7 @@ import numpy as np
 
 from lminf_edge._checks import check_bool, check_int
 from lminf_edge.chat_prompt import ChatFormat, check_messages, check_tools
+from lminf_edge.chat_template import Message
 from lminf_edge.completion_types import (
     AnswerParams,
     ChatCompletion,
@@ -28,6 +30,7 @@ from lminf_edge.completion_types import (
     TopLogprob,
 )
 from lminf_edge.errors import ConfigError
+from lminf_edge.middle import N_QUESTION
 from lminf_edge.records import GenerationStep, TextPiece
 from lminf_edge.text_generation import N_TOP_LOGPROBS_MAX, TextOptions, text_options
 from lminf_edge.tokens import TokenSequence
@@ -37,6 +40,8 @@ N_TOKENS_COMPLETION = 16
 
 N_TOKENS_CHAT = 1024
 """The same for an answer in a chat."""
+
+_BLANK_LINE = re.compile(r"\n[^\S\n]*\n")
 
 Check = Callable[[], object]
 """Called now and then while a text is computed; what it raises ends the computation."""
@@ -59,7 +64,9 @@ class TextModel(Protocol):
     def detokenize_bytes(self, tokens: TokenSequence, *, special: bool = False) -> bytes:
         """The text of tokens."""
 
-    def _write(self, prompt: TokenSequence, options: TextOptions) -> Generator[TextPiece, None, None]:
+    def _write(
+        self, prompt: TokenSequence, options: TextOptions, *, n_question: int | None = None
+    ) -> Generator[TextPiece, None, None]:
         """Writes a text after a prompt, which replaces the present sequence. Arguments are checked now."""
 
 
@@ -206,7 +213,8 @@ class _CompletionShape(_Shape):
             raise ConfigError("echo and logprobs: Llama.logprobs gives the probabilities of a prompt's tokens")
         options = text_options(params, max_tokens=N_TOKENS_COMPLETION, n_top_logprobs=self._n_top or 0, check=check)
         tokens = _prompt_tokens(model, prompt)
-        super().__init__(model, Writing(pieces=model._write(tokens, options), n_prompt=len(tokens)), params, "cmpl")
+        pieces = model._write(tokens, options, n_question=n_question_tokens(model, prompt, len(tokens)))
+        super().__init__(model, Writing(pieces=pieces, n_prompt=len(tokens)), params, "cmpl")
         self._echoed = _prompt_text(model, prompt) if echo else ""
         self._n_text = 0
 
@@ -322,8 +330,10 @@ def _chat_shape(
     model: TextModel, messages: Sequence[Mapping[str, Any]], params: Mapping[str, Any], check: Check | None
 ) -> _ChatShape:
     def start(options: TextOptions) -> Writing:
-        tokens = model._chat_format.tokens(check_messages(messages), tools=check_tools(params.get("tools")))
-        return Writing(pieces=model._write(tokens, options), n_prompt=len(tokens))
+        checked, tools = check_messages(messages), check_tools(params.get("tools"))
+        tokens = model._chat_format.tokens(checked, tools=tools)
+        n_question = _n_last_turn(model._chat_format, checked, tools)
+        return Writing(pieces=model._write(tokens, options, n_question=n_question), n_prompt=len(tokens))
 
     _refuse_unknown("create_chat_completion", params, ChatCompletionParams)
     return _ChatShape(model, start, params, check)
@@ -339,6 +349,31 @@ def _prompt_tokens(model: TextModel, prompt: str | TokenSequence) -> list[int]:
     if not tokens:
         raise ConfigError("prompt is empty: at least one token is needed")
     return tokens
+
+
+def n_question_tokens(model: TextModel, prompt: str | TokenSequence, n_prompt: int) -> int:
+    """How many tokens at the end of a prompt are the question: what comes after the last blank line of a text.
+
+    Args:
+        model: The model.
+        prompt: Text or token ids.
+        n_prompt: Its number of tokens.
+    """
+    if not isinstance(prompt, str):
+        return min(N_QUESTION, n_prompt)
+    blank_lines = list(_BLANK_LINE.finditer(prompt.rstrip()))
+    if not blank_lines:
+        return n_prompt
+    return max(1, n_prompt - len(model.tokenize(prompt[: blank_lines[-1].end()], special=True)))
+
+
+def _n_last_turn(chat_format: ChatFormat, messages: Sequence[Message], tools: Sequence[object] | None) -> int:
+    """How many tokens at the end of a conversation are the user's last message and what follows it."""
+    n_before = max((n for n, message in enumerate(messages) if message["role"] == "user"), default=0)
+    try:
+        return len(chat_format.added_tokens(messages, n_before, tools=tools))
+    except ConfigError:  # the template makes something else of the messages before when it is without this one
+        return N_QUESTION
 
 
 def _prompt_text(model: TextModel, prompt: str | TokenSequence) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal, TypedDict
 
 from lminf_edge._typing import NotRequired
+from lminf_edge.middle import RecallScope
 
 FinishReason = Literal["stop", "length"]
 """Why a text ended. "stop": the model, a stop string or the guard against loops ended it; "length": max_tokens."""
@@ -148,6 +149,10 @@ class TextParams(SamplingParams, total=False):
             JSON, of this schema.
         stream_options: {"include_usage": True}: the last piece of a stream has `usage`, and no choices.
         model: Name to report instead of the file's.
+        recall: Which tokens look up middle tokens, if `LMInfConfig.middle` stores any. "question" is the default then:
+            the question and what is written. The question is the prompt's part after its last blank line, the last 64
+            of token ids, or the last message of the user and what follows it. "all": also what is read before, but
+            only what weighs more than all that is seen anyway. "none": nothing.
     """
 
     max_tokens: int | None
@@ -157,6 +162,7 @@ class TextParams(SamplingParams, total=False):
     response_format: dict[str, Any] | None
     stream_options: dict[str, bool] | None
     model: str | None
+    recall: RecallScope | None
 
 
 class CompletionParams(TextParams, total=False):

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from lminf_edge._checks import N_MAX, check_choice, check_int, check_optional_int
 from lminf_edge.errors import ConfigError
+from lminf_edge.middle import MiddleConfig
 
 SinkOrder = Literal["clamped", "kept"]
 
@@ -27,6 +28,7 @@ class LMInfConfig:
         sink_order: "clamped": all far sink tokens stand at one distance, as in the paper. "kept": they keep their
             distances to each other, which needs n_sink + n_window <= n_clamp + 1; for pinned system prompts.
         n_rollback: Tokens at the end of a sequence that can be removed exactly at any time.
+        middle: Store what leaves the window, so that it can be looked up. None: it is gone.
 
     Raises:
         ConfigError: A value, or a combination of values, is out of range. What depends on the model is checked when a
@@ -39,6 +41,7 @@ class LMInfConfig:
     n_block: int | None = None
     sink_order: SinkOrder = "clamped"
     n_rollback: int = 128
+    middle: MiddleConfig | None = None
 
     def __post_init__(self) -> None:
         check_int("n_sink", self.n_sink, 0)
@@ -47,6 +50,8 @@ class LMInfConfig:
         check_optional_int("n_block", self.n_block, 1)
         check_int("n_rollback", self.n_rollback, 0)
         check_choice("sink_order", self.sink_order, ("clamped", "kept"))
+        if self.middle is not None and not isinstance(self.middle, MiddleConfig):
+            raise ConfigError(f"middle = {self.middle!r}: must be a MiddleConfig or None")
         self._check_together(window, window if clamp is None else clamp)
 
     @classmethod
@@ -85,8 +90,12 @@ class LMInfConfig:
     def _check_together(self, window: int | None, clamp: int | None) -> None:
         if window is not None and self.n_sink + window > N_MAX:
             raise ConfigError(f"n_sink = {self.n_sink}, n_window = {window}: their sum must be at most {N_MAX}")
+        if self.middle is not None and window is not None and self.middle.max_tokens <= window:
+            raise ConfigError(f"max_tokens = {self.middle.max_tokens}: must be more than n_window ({window})")
         if clamp is None:
             return
+        if self.middle is not None and self.middle.distance is not None and self.middle.distance > clamp:
+            raise ConfigError(f"distance = {self.middle.distance}: must be at most n_clamp ({clamp})")
         if self.n_block is not None and self.n_block > clamp:
             raise ConfigError(f"n_block = {self.n_block}: must be at most n_clamp ({clamp})")
         if self.sink_order == "kept" and window is not None and self.n_sink + window > clamp + 1:

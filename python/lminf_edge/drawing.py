@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lminf_edge._library import _core
+from lminf_edge.middle import NO_RECALL, RecallPlan
 from lminf_edge.records import GenerationStep
 from lminf_edge.sequence import ModelSequence
 from lminf_edge.tokens import TokenArray
@@ -27,6 +28,9 @@ class DrawOptions:
         fresh: The prompt replaces the sequence instead of being appended to it.
         before_append: Called before a drawn token is appended, while nobody else can change the sequence.
         turn: Of `ModelSequence.exclusive`, if the caller has begun to change the sequence.
+        recall: How prompt and drawn tokens recall.
+        n_question: How many of the last tokens of the prompt are the question. None: all.
+        n_recalled: How many of the tokens that were looked up are told with each step.
     """
 
     max_tokens: int
@@ -36,6 +40,9 @@ class DrawOptions:
     fresh: bool = False
     before_append: Callable[[], object] | None = None
     turn: int | None = None
+    recall: RecallPlan = NO_RECALL
+    n_question: int | None = None
+    n_recalled: int = 0
 
 
 def draw_tokens(
@@ -50,8 +57,12 @@ def draw_tokens(
         options: How long to draw.
     """
     with sequence.exclusive(options.turn) as turn:
-        n_kept = sequence.keep_common_beginning(prompt) if options.fresh else 0
-        sequence.append(prompt[n_kept:], options.check)
+        n_question = prompt.size if options.n_question is None else min(options.n_question, prompt.size)
+        n_read = prompt.size - n_question if options.recall.answering else prompt.size
+        # a question that was read before was perhaps none then, and looked nothing up
+        n_kept = sequence.keep_common_beginning(prompt, n_read) if options.fresh else 0
+        sequence.append(prompt[n_kept:n_read], options.check, options.recall.reading)
+        sequence.append(prompt[n_read:], options.check, options.recall.answering)
     sampler.accept(prompt)
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     start = time.perf_counter()
@@ -61,13 +72,14 @@ def draw_tokens(
             options.check()
         with sequence.exclusive(turn):
             begin = time.perf_counter()
+            recalled = sequence.recalled(options.n_recalled) if options.n_recalled else ()
             token, logprob, top = sampler.sample(sequence.context, options.n_top_logprobs)
             ended = options.stop_at_end and sequence.model.is_eog(token)
             if not ended:
                 sequence.check_room(1)
                 if options.before_append is not None:
                     options.before_append()
-                sequence.append(np.array([token], np.int32), options.check)
+                sequence.append(np.array([token], np.int32), options.check, options.recall.answering)
                 sequence.token_times.add(time.perf_counter() - begin)
         n_drawn += 1
         final = ended or n_drawn == options.max_tokens
@@ -80,6 +92,7 @@ def draw_tokens(
             tokens_per_second=n_drawn / (time.perf_counter() - start),
             finish_reason=("stop" if ended else "length") if final else None,
             top_logprobs=tuple(top),
+            recall=recalled,
         )
         if ended:
             return

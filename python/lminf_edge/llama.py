@@ -27,7 +27,8 @@ from lminf_edge.config import LMInfConfig
 from lminf_edge.drawing import DrawOptions, draw_tokens
 from lminf_edge.errors import ConfigError, StateError, UnsupportedModelError
 from lminf_edge.gguf_file import check_gguf_file
-from lminf_edge.records import GenerationStep, MemoryStats, TextPiece
+from lminf_edge.middle import Recall, RecallPlan, RecallScope, recall_mode, recall_plan
+from lminf_edge.records import GenerationStep, MemoryStats, RecalledToken, TextPiece
 from lminf_edge.sampling import N_SEED_MAX, SamplingOptions
 from lminf_edge.saved_state import config_settings, sequence_state, state_file
 from lminf_edge.sequence import ModelSequence
@@ -38,6 +39,9 @@ from lminf_edge.tokens import TokenArray, TokenSequence, as_token_array
 
 N_CTX_MAX = 2**24
 """Longer plain contexts fill the machine's memory before llama.cpp finds out that they do not fit."""
+
+N_RECALLED = 16
+"""How many of the tokens that were looked up are told, unless the caller says otherwise."""
 
 
 class Llama(CompletionMethods):
@@ -143,11 +147,12 @@ class Llama(CompletionMethods):
             flash_attn=flash_attn,
             cache_type_k=cache_type_k,
             cache_type_v=cache_type_v,
+            store_path=str(lminf.middle.path) if lminf and lminf.middle and lminf.middle.path else "",
             **context_options,
         )
         self._sequence = ModelSequence(model, context, None if lminf is not None else context.n_ctx)
         self._n_ubatch = context.n_ubatch
-        self._config = from_params(context.params)
+        self._config = from_params(context.params, lminf.middle if lminf else None)
         self._cache_settings = {
             "n_ubatch": context.n_ubatch,
             "n_ctx": self.n_ctx,
@@ -250,13 +255,15 @@ class Llama(CompletionMethods):
         """The text of some tokens as the bytes that they stand for."""
         return self._model.detokenize(self._to_tokens(tokens, allow_empty=True), False, special)
 
-    def eval(self, tokens: TokenSequence) -> npt.NDArray[np.float32]:
+    def eval(self, tokens: TokenSequence, *, recall: Recall = False) -> npt.NDArray[np.float32]:
         """Appends tokens to the sequence and returns what the model expects after each of them.
 
         The result has n_tokens * n_vocab * 4 bytes; `logprobs` needs no memory that grows with the text.
 
         Args:
             tokens: Token ids, any number from 1.
+            recall: Whether these tokens look up middle tokens, which `LMInfConfig.middle` has stored. "gated": only
+                such that weigh more than all that is seen anyway, for reading.
 
         Returns:
             Logits, float32 [n_tokens, n_vocab]. Row i belongs to the token that follows tokens[i].
@@ -266,16 +273,16 @@ class Llama(CompletionMethods):
             ContextError: A plain context has no room for all of them. Nothing was appended.
             StateError: The object is closed, or another thread computes with it.
         """
-        checked = self._to_tokens(tokens)
+        checked, mode = self._to_tokens(tokens), self._recall_mode(recall)
         with self._sequence.exclusive(), self._sequence.recording(checked) as context:
             self._sequence.check_room(checked.size)
             logits = np.empty((checked.size, self.n_vocab), np.float32)
             for begin in range(0, checked.size, self._n_ubatch):
                 end = begin + self._n_ubatch
-                context.eval(checked[begin:end], logits[begin:end])
+                context.eval(checked[begin:end], logits[begin:end], recall=mode)
         return logits
 
-    def logprobs(self, tokens: TokenSequence) -> npt.NDArray[np.float32]:
+    def logprobs(self, tokens: TokenSequence, *, recall: Recall = False) -> npt.NDArray[np.float32]:
         """Appends tokens to the sequence and returns how probable each was after those before it.
 
         The first token only conditions the others, whatever the sequence held before: it is appended, but not scored.
@@ -283,6 +290,7 @@ class Llama(CompletionMethods):
 
         Args:
             tokens: Token ids, any number from 1.
+            recall: See `eval`.
 
         Returns:
             Natural-log probabilities, float32 [n_tokens - 1]. Entry i belongs to tokens[i + 1].
@@ -290,13 +298,14 @@ class Llama(CompletionMethods):
         Raises:
             ConfigError, ContextError, StateError: As for `eval`.
         """
-        return np.concatenate(list(self.iter_logprobs(tokens)))
+        return np.concatenate(list(self.iter_logprobs(tokens, recall=recall)))
 
-    def iter_logprobs(self, tokens: TokenSequence) -> Iterator[npt.NDArray[np.float32]]:
+    def iter_logprobs(self, tokens: TokenSequence, *, recall: Recall = False) -> Iterator[npt.NDArray[np.float32]]:
         """Does what `logprobs` does, micro-batch by micro-batch, for a caller that wants to watch.
 
         Args:
             tokens: Token ids, any number from 1. They are checked now and appended as the result is iterated over.
+            recall: See `eval`.
 
         Returns:
             An iterator over consecutive pieces of what `logprobs` returns, one for each micro-batch.
@@ -304,21 +313,25 @@ class Llama(CompletionMethods):
         Raises:
             ConfigError, ContextError, StateError: As for `eval`.
         """
-        return self._iter_logprobs(tokens, None)
+        return self._iter_logprobs(tokens, None, recall)
 
-    def _iter_logprobs(self, tokens: TokenSequence, following: int | None) -> Iterator[npt.NDArray[np.float32]]:
+    def _iter_logprobs(
+        self, tokens: TokenSequence, following: int | None, recall: Recall = False
+    ) -> Iterator[npt.NDArray[np.float32]]:
         """The same; a token that follows the text is scored, too, but not appended."""
-        checked = self._to_tokens(tokens)
+        checked, mode = self._to_tokens(tokens), self._recall_mode(recall)
         self._sequence.check_room(checked.size)
         targets = checked[1:] if following is None else np.append(checked[1:], self._to_tokens([following]))
-        return self._score_micro_batches(checked, targets)
+        return self._score_micro_batches(checked, targets, mode)
 
-    def _score_micro_batches(self, tokens: TokenArray, targets: TokenArray) -> Iterator[npt.NDArray[np.float32]]:
+    def _score_micro_batches(
+        self, tokens: TokenArray, targets: TokenArray, recall: int
+    ) -> Iterator[npt.NDArray[np.float32]]:
         for begin in range(0, tokens.size, self._n_ubatch):
             end = begin + self._n_ubatch
             scores = np.empty(targets[begin:end].size, np.float32)
             with self._sequence.exclusive(), self._sequence.recording(tokens[begin:end]) as context:
-                context.score(tokens[begin:end], targets[begin:end], scores)
+                context.score(tokens[begin:end], targets[begin:end], scores, recall=recall)
             yield scores
 
     def generate(
@@ -339,6 +352,8 @@ class Llama(CompletionMethods):
         seed: int | None = None,
         stop_at_end: bool = True,
         n_top_logprobs: int = 0,
+        recall: Recall = False,
+        show_recall: bool = False,
     ) -> Iterator[GenerationStep]:
         """Appends a prompt to the sequence, then draws tokens one by one.
 
@@ -363,6 +378,8 @@ class Llama(CompletionMethods):
             seed: Makes this call repeatable. None: the next one from the seed that the object was made with.
             stop_at_end: Stop when the model draws an end-of-generation token.
             n_top_logprobs: Look up this many of the most probable tokens at each step.
+            recall: Whether prompt and drawn tokens look up middle tokens; see `eval`.
+            show_recall: Tell with each step what the model has looked up.
 
         Returns:
             An iterator over the steps. The arguments are checked now; the prompt is read when the first step is asked
@@ -388,6 +405,8 @@ class Llama(CompletionMethods):
             max_tokens=check_int("max_tokens", max_tokens, -1),
             stop_at_end=check_bool("stop_at_end", stop_at_end),
             n_top_logprobs=check_int("n_top_logprobs", n_top_logprobs, 0),
+            recall=RecallPlan(answering=self._recall_mode(recall)),
+            n_recalled=N_RECALLED if check_bool("show_recall", show_recall) else 0,
         )
         seed = check_optional_int("seed", seed, 0, N_SEED_MAX)
         if isinstance(prompt, str | bytes):
@@ -398,7 +417,7 @@ class Llama(CompletionMethods):
         return draw_tokens(self._sequence, tokens, sampler, drawing)
 
     def _write(
-        self, prompt: TokenSequence, options: TextOptions, *, fresh: bool = True
+        self, prompt: TokenSequence, options: TextOptions, *, fresh: bool = True, n_question: int | None = None
     ) -> Generator[TextPiece, None, None]:
         """Writes a text after a prompt. Arguments are checked now, nothing is computed before the first piece.
 
@@ -406,6 +425,7 @@ class Llama(CompletionMethods):
             prompt: Token ids.
             options: How to write.
             fresh: The prompt replaces the sequence, of which a common beginning is kept. Otherwise it is appended.
+            n_question: How many tokens at its end recall, if any do. None: all.
         """
         tokens = self._to_tokens(prompt, allow_empty=not fresh and self.n_past > 0)
         max_tokens = options.max_tokens
@@ -415,10 +435,20 @@ class Llama(CompletionMethods):
             room = self.n_ctx - n_past - tokens.size
             max_tokens = room if max_tokens < 0 else min(max_tokens, room)
         drawing = DrawOptions(
-            max_tokens=max_tokens, n_top_logprobs=options.n_top_logprobs, check=options.check, fresh=fresh
+            max_tokens=max_tokens,
+            n_top_logprobs=options.n_top_logprobs,
+            check=options.check,
+            fresh=fresh,
+            recall=self._recall_plan(options.recall),
+            n_question=n_question,
+            n_recalled=options.n_recalled,
         )
         sampler = options.sampling.sampler(self._model, self._next_seed(options.seed))
         return write_text(draw_tokens(self._sequence, tokens, sampler, drawing), options)
+
+    def last_recall(self, n: int = N_RECALLED) -> tuple[RecalledToken, ...]:
+        """What the last token of the sequence looked up, if it did: the n heaviest tokens."""
+        return self._sequence.recalled(check_int("n", n, 1))
 
     def reset(self) -> None:
         """Forgets the sequence: the next token is the first one."""
@@ -532,6 +562,16 @@ class Llama(CompletionMethods):
 
     def _next_seed(self, seed: int | None) -> int:
         return self._random.randint(0, N_SEED_MAX) if seed is None else seed
+
+    def _recall_mode(self, recall: Recall) -> int:
+        return recall_mode(recall, has_store=self._has_store)
+
+    def _recall_plan(self, scope: RecallScope | None) -> RecallPlan:
+        return recall_plan(scope, has_store=self._has_store)
+
+    @property
+    def _has_store(self) -> bool:
+        return self._config is not None and self._config.middle is not None
 
     def _to_tokens(self, tokens: TokenSequence, allow_empty: bool = False) -> TokenArray:
         return as_token_array(tokens, self._model.n_vocab, allow_empty=allow_empty)

@@ -7,6 +7,23 @@ from typing import Literal
 
 
 @dataclass(frozen=True, kw_only=True)
+class RecalledToken:
+    """A token that has left the window and was looked up.
+
+    Attributes:
+        position: Where it stands in the sequence.
+        weight: Its share of the attention, summed over all layers and query heads that looked up.
+        token: Its id, as far as the sequence is recorded (a million tokens).
+        text: The text of this token alone.
+    """
+
+    position: int
+    weight: float
+    token: int | None
+    text: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class GenerationStep:
     """One generated token.
 
@@ -21,6 +38,7 @@ class GenerationStep:
         top_logprobs: The most probable tokens and their natural-log probabilities, descending, if asked for.
         finish_reason: None while the text goes on. "stop": this token is the model's end of generation; it is not
             part of the text and was not appended to the sequence. "length": max_tokens are reached.
+        recall: What the model looked up to draw the token, the heaviest first, if asked for.
     """
 
     token: int
@@ -30,6 +48,7 @@ class GenerationStep:
     tokens_per_second: float
     finish_reason: Literal["stop", "length"] | None = None
     top_logprobs: tuple[tuple[int, float], ...] = ()
+    recall: tuple[RecalledToken, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +110,10 @@ class MemoryStats:
         latency_p99: Seconds that 99 % of them took at most.
         resident_bytes: Memory of the whole process that is in RAM, mapped model files included.
         peak_resident_bytes: The most that it has been. None where the system does not say.
+        n_stored: Tokens in the store of middle tokens, those in the window included.
+        n_retrievable: Those that the next token could look up: they have left the window.
+        store_bytes: Bytes that the stored tokens take, in memory or in a file.
+        scan_seconds: Time spent on looking through the store.
     """
 
     kv_bytes: int
@@ -108,3 +131,7 @@ class MemoryStats:
     latency_p99: float | None
     resident_bytes: int
     peak_resident_bytes: int | None
+    n_stored: int
+    n_retrievable: int
+    store_bytes: int
+    scan_seconds: float

@@ -66,4 +66,11 @@ def sequence_state(file: StateFile, kind: str, settings: Settings) -> SequenceSt
 
 def config_settings(config: LMInfConfig | None) -> dict[str, Any]:
     """A configuration as settings."""
-    return {} if config is None else dataclasses.asdict(config)
+    if config is None:
+        return {}
+    settings = dataclasses.asdict(config)
+    if config.middle is not None:
+        # where the store lies may change; the list is what JSON makes of the tuple
+        settings["middle"] = {**dataclasses.asdict(config.middle), "layers": list(config.middle.layers)}
+        del settings["middle"]["path"]
+    return settings

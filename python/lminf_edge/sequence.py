@@ -13,7 +13,7 @@ import numpy.typing as npt
 from lminf_edge._library import _core
 from lminf_edge.errors import ContextError, StateError
 from lminf_edge.history import TokenHistory
-from lminf_edge.records import MemoryStats
+from lminf_edge.records import MemoryStats, RecalledToken
 from lminf_edge.system import peak_resident_bytes, resident_bytes
 from lminf_edge.timing import TokenTimes
 from lminf_edge.tokens import TokenArray
@@ -76,6 +76,7 @@ class ModelSequence:
     def memory_stats(self) -> MemoryStats:
         """What the context keeps of the sequence. Waits for a micro-batch being computed."""
         stats = self.context.stats()
+        middle = self.context.middle_stats()
         return MemoryStats(
             kv_bytes=stats.n_bytes,
             n_cells=stats.n_cells,
@@ -92,6 +93,10 @@ class ModelSequence:
             latency_p99=self.token_times.percentile(99),
             resident_bytes=resident_bytes(),
             peak_resident_bytes=peak_resident_bytes(),
+            n_stored=middle.n_stored,
+            n_retrievable=middle.n_retrievable,
+            store_bytes=middle.n_bytes,
+            scan_seconds=middle.scan_seconds,
         )
 
     def _window_fill(self, stats: _core.Stats) -> float:
@@ -163,17 +168,33 @@ class ModelSequence:
         finally:
             self._history.append(tokens[: context.n_past() - n_before])
 
-    def append(self, tokens: TokenArray, check: Callable[[], object] | None = None) -> None:
+    def append(self, tokens: TokenArray, check: Callable[[], object] | None = None, recall: int = 0) -> None:
         """Reads tokens; the logits of the last one stay for a sampler. Only within `exclusive`.
 
         Args:
             tokens: Token ids, any number.
             check: Called about every 50 ms; what it raises stops the reading after a complete micro-batch.
+            recall: Of `recall_mode`.
         """
         for begin in range(0, tokens.size, self._n_batch):
             piece = tokens[begin : begin + self._n_batch]
             with self.recording(piece) as context:
-                context.decode(piece, check=check)
+                context.decode(piece, check=check, recall=recall)
+
+    def recalled(self, n: int) -> tuple[RecalledToken, ...]:
+        """The n heaviest of the tokens that the last one looked up."""
+        result = []
+        for position, weight in self.context.recalled()[:n]:
+            token = self._history.token_at(position)
+            text = None if token is None else self.model.token_to_piece(token, True).decode(errors="replace")
+            result.append(RecalledToken(position=position, weight=weight, token=token, text=text))
+        return tuple(result)
+
+    def text_between(self, begin: int, end: int) -> str:
+        """The text of the tokens at positions [begin, end), as far as they are recorded."""
+        tokens = [self._history.token_at(position) for position in range(begin, end)]
+        known = [self.model.token_to_piece(token, True) for token in tokens if token is not None]
+        return b"".join(known).decode(errors="replace")
 
     @property
     def turn(self) -> int:
@@ -220,15 +241,20 @@ class ModelSequence:
             self.context.truncate(n_past)
         self._history.truncate(n_past)
 
-    def keep_common_beginning(self, tokens: TokenArray) -> int:
+    def keep_common_beginning(self, tokens: TokenArray, n_max: int | None = None) -> int:
         """Removes what the sequence and some tokens do not have in common; all of it if that cannot be done exactly.
 
         Only within `exclusive`.
+
+        Args:
+            tokens: Token ids.
+            n_max: Keep at most this many.
 
         Returns:
             How many of the tokens need not be read: never all of them, because the last one's logits are needed.
         """
         n_kept = min(self._history.n_common(tokens, self.n_past), tokens.size - 1)
+        n_kept = n_kept if n_max is None else min(n_kept, n_max)
         try:
             self.truncate(n_kept)
         except StateError:

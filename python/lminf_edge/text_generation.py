@@ -10,6 +10,7 @@ from typing import Any, Literal
 from lminf_edge._checks import check_bool, check_int, check_optional_int
 from lminf_edge.errors import ConfigError
 from lminf_edge.grammar import response_format_grammar
+from lminf_edge.middle import RecallScope
 from lminf_edge.records import GenerationStep, TextPiece
 from lminf_edge.sampling import N_SEED_MAX, SamplingOptions
 from lminf_edge.stopping import LoopGuard, StopStrings, check_stop
@@ -29,6 +30,8 @@ class TextOptions:
         stop_on_loop: End a text that repeats itself word for word.
         n_top_logprobs: How many of the most probable tokens are looked up for each drawn one.
         check: Called between tokens, and about every 50 ms while a prompt is read; what it raises ends the text.
+        recall: Which tokens look up middle tokens. None: the question and the text, if any are stored.
+        n_recalled: How many of the tokens that were looked up are told with each drawn one.
 
     Raises:
         ConfigError: A value is out of range.
@@ -42,6 +45,8 @@ class TextOptions:
     stop_on_loop: bool = False
     n_top_logprobs: int = 0
     check: Callable[[], object] | None = None
+    recall: RecallScope | None = None
+    n_recalled: int = 0
 
     def __post_init__(self) -> None:
         if check_int("max_tokens", self.max_tokens, -1) == 0:
@@ -84,6 +89,7 @@ def text_options(
         seed=given.get("seed"),
         stop=given.get("stop", ()),
         stop_on_loop=given.get("stop_on_loop", False),
+        recall=given.get("recall"),
         n_top_logprobs=n_top_logprobs,
         check=check,
     )

@@ -159,6 +159,27 @@ static void test_rebase(const lminf_policy & policy) {
     CHECK(policy.base(3, 3, 10*policy.n_block) == 0); // back to the beginning
 }
 
+// of the newest n_middle tokens behind the sink tokens, a query sees or can recall each one, and none twice
+static void test_middle(lminf_policy policy) {
+    for (const int64_t n_middle : { policy.n_window + 1, policy.n_window + 30, int64_t(1000) }) {
+        policy.n_middle = n_middle;
+        for (int64_t p = 0; p < 300; ++p) {
+            for (int64_t j = -2; j < p + 3; ++j) {
+                const bool is_new = j >= policy.n_sink && j <= p && p - j < n_middle;
+                CHECK(policy.retrievable(p, j) == (is_new && !policy.visible(p, j)));
+            }
+        }
+        // rows that a query wants have slots of their own, also when its micro-batch is aborted or tokens are removed
+        const int64_t p = 5000;
+        const int64_t oldest = policy.middle_begin(p - policy.n_rollback);
+        CHECK(p + policy.n_ubatch - 1 - policy.n_slots() < oldest);
+        CHECK(policy.can_cut_middle(p - policy.n_rollback, p + policy.n_ubatch - policy.n_slots()));
+        CHECK(!policy.can_cut_middle(p - policy.n_rollback, oldest + 1));
+    }
+    policy.n_middle = 0;
+    CHECK(policy.n_slots() == 0 && policy.can_cut_middle(50, 100));
+}
+
 int main() {
     test_visible();
     test_clamp();
@@ -173,6 +194,7 @@ int main() {
             for (const int64_t L : { 8, 40, 64, 100 }) {
                 for (const int64_t B : { 1, 3, 8 }) {
                     test_distances(make(S, W, L, B));
+                    test_middle(make(S, W, L, B));
                     test_copies(make(S, W, L, B, 1));
                     test_copies(make(S, W, L, B, 37));
                     test_rebase(make(S, W, L, B, 37));

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <utility>
 #include <vector>
 
 static lminf_policy make(int64_t S, int64_t W, int64_t B, int64_t n_ubatch, int64_t n_rollback = 5) {
@@ -176,6 +177,55 @@ static void test_saved() {
     CHECK(!other.load({}));
 }
 
+// What can be recalled is stored and out of sight, also after removals; what was overwritten or never written is not offered
+static void test_middle() {
+    lminf_policy policy = make(4, 20, 1, 8);
+    policy.n_middle = 50;
+
+    lminf_sequence seq(policy);
+
+    using range = std::pair<int64_t, int64_t>;
+    CHECK(seq.middle(0).first == seq.middle(0).second);
+    for (int i = 0; i < 40; ++i) {
+        seq.append(1);
+    }
+    CHECK(seq.middle(40) == range(4, 21));
+    seq.append(8);
+    seq.append(8);
+    CHECK(seq.middle(56) == range(7, 37));
+    CHECK(seq.stored() == range(0, 56));
+
+    seq.remove(4, 50); // forgotten on purpose: not in the window any more
+    CHECK(seq.middle(56) == range(7, 50));
+    seq.append(8);
+    CHECK(seq.stored() == range(1, 64)); // 63 slots
+    seq.remove(60, 64);
+    CHECK(seq.middle(60) == range(11, 50));
+
+    lminf_sequence other(policy);
+    CHECK(other.load(seq.save()) && other.stored() == seq.stored() && other.middle(60) == seq.middle(60));
+
+    seq.set_position(1000);
+    CHECK(seq.middle(1000).first == seq.middle(1000).second);
+    for (int i = 0; i < 30; ++i) {
+        seq.append(1);
+    }
+    CHECK(seq.middle(1030) == range(1000, 1011));
+
+    seq.remove(0, seq.n_past);
+    CHECK(seq.stored() == range(0, 0));
+
+    // the window could be cut farther back than the store: not exactly any more
+    policy.n_ubatch = 64;
+    lminf_sequence stream(policy);
+    for (int i = 0; i < 10; ++i) {
+        stream.append(64);
+    }
+    CHECK(stream.can_remove(635, 640));
+    CHECK(!stream.can_remove(560, 640));
+    CHECK(stream.can_remove(3, 640));
+}
+
 // One token at a time, the keys stay in W + n_rollback cells: few for attention to look at
 static void test_compact() {
     const lminf_policy policy = make(4, 2048, 64, 512, 128);
@@ -233,6 +283,7 @@ int main(int argc, char ** argv) {
     test_cut_after_forgetting();
     test_compact();
     test_saved();
+    test_middle();
 
     srand(1);
     for (const int64_t S : { 0, 1, 4, 16 }) {

@@ -19,7 +19,7 @@ from reference import FULL_ATTENTION, Attention
 from tiny_models import HEAD_32, HEAD_64, TIED, TinyModel, TinyShape, write_tiny_model
 
 if TYPE_CHECKING:
-    from lminf_edge import Llama
+    from lminf_edge import Llama, MiddleConfig
 
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
@@ -37,6 +37,7 @@ class OpenLlama(Protocol):
         cache_type: str = "f32",
         flash_attn: bool = False,
         n_rollback: int = 0,
+        middle: MiddleConfig | None = None,
         **options: Any,
     ) -> Llama: ...
 
@@ -54,6 +55,7 @@ def open_llama() -> OpenLlama:
         cache_type: str = "f32",
         flash_attn: bool = False,
         n_rollback: int = 0,
+        middle: MiddleConfig | None = None,
         **options: Any,
     ) -> Llama:
         config = None
@@ -65,6 +67,7 @@ def open_llama() -> OpenLlama:
                 n_block=attention.n_block,
                 sink_order=attention.sink_order,
                 n_rollback=n_rollback,
+                middle=middle,
             )
         return Llama(
             model.path,

@@ -25,6 +25,7 @@ from lminf_edge.cli._terminal import (
 from lminf_edge.completion import N_TOKENS_CHAT
 from lminf_edge.completion_types import AnswerParams
 from lminf_edge.errors import ConfigError, LMInfError
+from lminf_edge.middle import MiddleConfig
 from lminf_edge.system import human_bytes
 from lminf_edge.text_generation import text_options
 
@@ -40,6 +41,9 @@ def chat(
         str | None, typer.Option(help="Such as chatml, for a model file without a chat template.")
     ] = None,
     n_window: Window = None,
+    recall: Annotated[
+        bool, typer.Option("--recall", help="Store what is forgotten, and let each message and answer look it up.")
+    ] = False,
     as_json: AsJson = False,
     model: ModelOptions,
     completion: CompletionOptions,
@@ -51,7 +55,10 @@ def chat(
     if load is not None and (system is not None or n_window is not None):
         raise ConfigError("--load: the conversation has its own system prompt and window")
     path = find_model(model.model)
-    maker = _Maker(path, {**model.llama_options(), "n_window": n_window, "chat_format": chat_format})
+    options = {**model.llama_options(), "n_window": n_window, "chat_format": chat_format}
+    if recall:
+        options["middle"] = MiddleConfig()
+    maker = _Maker(path, options)
     session = maker.open(system) if load is None else maker.resume(Path(load))
     view = _view(as_json)
     commands = ChatCommands(session, maker, view, params)

@@ -6,18 +6,22 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from typing import Annotated
 
 import typer
 
+from lminf_edge._checks import check_choice
 from lminf_edge.cli._options import AsJson, CompletionOptions, ModelOptions, WindowOptions, with_option_groups
-from lminf_edge.cli._terminal import messages, reading_bar, with_exit_codes, write_text
+from lminf_edge.cli._terminal import messages, reading_bar, with_exit_codes, without_control, write_text
+from lminf_edge.completion import n_question_tokens
 from lminf_edge.errors import ConfigError, LMInfError
 from lminf_edge.evaluation.texts import text_file
 from lminf_edge.following import Follower, read_with_pauses
-from lminf_edge.llama import Llama
+from lminf_edge.llama import N_RECALLED, Llama
+from lminf_edge.middle import MiddleConfig
+from lminf_edge.passages import RecallLog
 from lminf_edge.records import TextPiece
 from lminf_edge.system import human_bytes
 from lminf_edge.text_generation import TextOptions, text_options
@@ -47,6 +51,15 @@ def generate(
             "about it: the argument is then the question put after it.",
         ),
     ] = False,
+    recall: Annotated[
+        str | None,
+        typer.Option(
+            help="Store what leaves the window, and let the prompt's part after its last blank line and the text look "
+            "it up (question), or everything that is read (all).",
+            metavar="question|all",
+        ),
+    ] = None,
+    show_recall: Annotated[bool, typer.Option("--show-recall", help="Show which passages were looked up.")] = False,
     pause: Annotated[float, typer.Option(min=0.01, help="Seconds without input that are a pause for --follow.")] = 2.0,
     as_json: AsJson = False,
     model: ModelOptions,
@@ -59,8 +72,14 @@ def generate(
         params["grammar"] = text_file(grammar)
     if schema is not None:
         params["response_format"] = {"type": "json_schema", "json_schema": {"schema": _json_file(schema)}}
-    options = text_options(params, max_tokens=max_tokens)
-    config = window.config()
+    if recall is not None:
+        check_choice("--recall", recall, ("question", "all"))
+    elif show_recall:
+        raise ConfigError("--show-recall: nothing is looked up without --recall")
+    options = replace(
+        text_options({**params, "recall": recall}, max_tokens=max_tokens), n_recalled=N_RECALLED if show_recall else 0
+    )
+    config = window.config(middle=None if recall is None else MiddleConfig())
     if follow:
         _check_following(file, options)
         question = _text_argument(prompt or "")
@@ -74,7 +93,7 @@ def generate(
         tokens = llm.tokenize(text, special=special)
         if not tokens:
             raise ConfigError("the prompt is empty, and this model needs something to begin with")
-        _write_on(llm, tokens, options, as_json)
+        _write_on(llm, tokens, options, as_json, n_question_tokens(llm, text, len(tokens)))
 
 
 @dataclass
@@ -85,6 +104,7 @@ class _Written:
     finish_reason: str | None = None
     n_tokens: int = 0
     tokens_per_second: float | None = None
+    recall: RecallLog = field(default_factory=RecallLog)
 
     def add(self, piece: TextPiece) -> None:
         self.text += piece.text
@@ -92,10 +112,12 @@ class _Written:
         self.n_tokens = piece.n_tokens
         if piece.tokens:
             self.tokens_per_second = piece.tokens[-1].tokens_per_second
+        for step in piece.tokens:
+            self.recall.add(step.recall)
 
 
-def _write_on(llm: Llama, tokens: list[int], options: TextOptions, as_json: bool) -> None:
-    pieces = llm._write(tokens, options)
+def _write_on(llm: Llama, tokens: list[int], options: TextOptions, as_json: bool, n_question: int) -> None:
+    pieces = llm._write(tokens, options, n_question=n_question)
     with reading_bar(len(tokens), lambda: llm.n_past):
         first = next(pieces)
     written = _show(chain([first], pieces), as_text=not as_json)
@@ -103,6 +125,8 @@ def _write_on(llm: Llama, tokens: list[int], options: TextOptions, as_json: bool
         print(json.dumps(_to_json(llm, written, n_prompt=len(tokens)), indent=2, ensure_ascii=False))
     elif sys.stdout.isatty() and not written.text.endswith("\n"):
         write_text("\n")
+    if options.n_recalled and not as_json:
+        _show_passages(llm, written.recall)
     if messages.is_terminal:
         stats = llm.memory_stats()
         messages.print(
@@ -139,6 +163,12 @@ def _show(pieces: Iterator[TextPiece], as_text: bool) -> _Written:
     return written
 
 
+def _show_passages(llm: Llama, recall: RecallLog) -> None:
+    for passage in recall.passages(llm._sequence.text_between):
+        text = without_control(" ".join(passage.text.split()))
+        messages.print(f"{passage.begin:,} to {passage.end - 1:,}, weight {passage.weight:.2f}: {text}", markup=False)
+
+
 def _to_json(llm: Llama, written: _Written, n_prompt: int) -> dict[str, object]:
     return {
         "model": llm.model_name,
@@ -150,6 +180,7 @@ def _to_json(llm: Llama, written: _Written, n_prompt: int) -> dict[str, object]:
             "total_tokens": n_prompt + written.n_tokens,
         },
         "tokens_per_second": written.tokens_per_second,
+        "recall": [asdict(passage) for passage in written.recall.passages(llm._sequence.text_between)],
         "memory": asdict(llm.memory_stats()),
     }
 

@@ -4,12 +4,13 @@ Written from the formulas (Han et al., arXiv 2308.16137; docs/semantics.md) and 
 tests compare the two. It keeps every key, un-rotated, and asks for each query which keys it sees and at which distance;
 nothing is ever evicted, placed or rebased.
 
-`semantics` says what a query sees, `architecture` describes kinds of models, `rotation` and `transformer` hold their
-formulas, `stream` runs a sequence of tokens.
+`semantics` says what a query sees, `retrieval` what it looks up, `architecture` describes kinds of models, `rotation`
+and `transformer` hold their formulas, `stream` runs a sequence of tokens.
 """
 
 from reference.architecture import Architecture, AttentionTemperature, Layer, Rope
 from reference.arrays import BoolArray, ComplexArray, FloatArray, IntArray
+from reference.retrieval import Retrieval
 from reference.semantics import FULL_ATTENTION, Attention, Chunks, SlidingWindow
 from reference.stream import TokenStream
 from reference.transformer import Transformer
@@ -25,6 +26,7 @@ __all__ = [
     "FloatArray",
     "IntArray",
     "Layer",
+    "Retrieval",
     "Rope",
     "SlidingWindow",
     "TokenStream",

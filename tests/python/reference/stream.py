@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 
 from reference.architecture import AttentionTemperature
-from reference.arrays import ComplexArray, FloatArray, IntArray
+from reference.arrays import BoolArray, ComplexArray, FloatArray, IntArray
+from reference.retrieval import Retrieval
 from reference.semantics import FULL_ATTENTION, Attention, View
 from reference.transformer import Transformer, softcapped, softmax
 
 _QUERIES_AT_ONCE = 96
+
+Recall = bool | Literal["gated"]
 
 
 class TokenStream:
@@ -21,11 +25,17 @@ class TokenStream:
         transformer: The model.
         attention: What the queries of full-attention layers see, and where.
         n_ctx: Context length by which long or short RoPE factors are chosen. None: what `attention` asks for.
+        retrieval: What tokens look up when they are to.
     """
 
     def __init__(
-        self, transformer: Transformer, attention: Attention = FULL_ATTENTION, n_ctx: int | None = None
+        self,
+        transformer: Transformer,
+        attention: Attention = FULL_ATTENTION,
+        n_ctx: int | None = None,
+        retrieval: Retrieval | None = None,
     ) -> None:
+        self._retrieval = retrieval
         self._transformer = transformer
         self._attention = attention
         n_ctx = n_ctx or attention.n_ctx(transformer.architecture.n_ctx_train)
@@ -34,10 +44,12 @@ class TokenStream:
             for layer in range(transformer.n_layer)
             if transformer.architecture.layers[layer].source is None
         }
+        self._recall: Recall = False
         self.n_past = 0
 
-    def eval(self, tokens: Sequence[int]) -> FloatArray:
+    def eval(self, tokens: Sequence[int], recall: Recall = False) -> FloatArray:
         """Appends tokens and returns the logits [n_tokens, n_vocab] after each of them."""
+        self._recall = recall
         positions = np.arange(self.n_past, self.n_past + len(tokens))
         self.n_past += len(tokens)
 
@@ -54,14 +66,16 @@ class TokenStream:
         return self._transformer.logits(hidden)
 
     def forget(self, start: int, end: int) -> None:
-        """Removes the keys at positions [start, end); the others stay where they are. Recurrent layers remember."""
+        """No query sees the keys at positions [start, end) any more. Recurrent layers remember."""
         for past in self._past.values():
             if isinstance(past, _Keys):
-                past.remove(start, end)
+                past.forget(start, end)
 
     def move_to(self, position: int) -> None:
         """Forgets all but the sink tokens and goes on at the given position."""
-        self.forget(self._attention.n_sink, self.n_past)
+        for past in self._past.values():
+            if isinstance(past, _Keys):
+                past.remove(self._attention.n_sink, self.n_past)
         self.n_past = position
 
     def remove_tail(self, position: int) -> None:
@@ -91,7 +105,7 @@ class TokenStream:
     ) -> FloatArray:
         """Softmax attention of scaled queries [n, n_head, head_size / 2] over the keys that the view shows them."""
         query, key = positions[:, None], past.positions[None, :]
-        visible = view.is_visible(query, key)
+        visible = view.is_visible(query, key) & ~past.is_forgotten
         # Rows of indices of the visible keys, filled up with invisible ones to the longest row.
         seen = np.argsort(~visible, axis=1, kind="stable")[:, : visible.sum(axis=1).max()]
         is_seen = np.take_along_axis(visible, seen, axis=1)[:, None, None, :]
@@ -105,9 +119,26 @@ class TokenStream:
         if self._transformer.architecture.max_alibi_bias:
             slopes = self._transformer.alibi_slopes().reshape(grouped.shape[1:3])
             scores -= slopes[:, :, None] * view.bias_distance(query, past.positions[seen])[:, None, None, :]
-        weights = _shares(np.where(is_seen, scores, -np.inf), self._transformer.attention_sinks(layer))
+        scores = np.where(is_seen, scores, -np.inf)
+        retrieval = self._retrieval
+        if self._recall and view is self._attention and retrieval is not None and layer >= retrieval.first_layer:
+            far = self._far_scores(past, grouped, retrieval.distance)
+            stored = retrieval.is_stored(query, key) & ~visible & (key >= self._attention.n_sink)
+            total = np.logaddexp.reduce(scores, axis=-1)
+            chosen = retrieval.chosen(far, total, stored, gated=self._recall == "gated")
+            weights = softmax(np.concatenate([scores, np.where(chosen, far, -np.inf)], axis=-1))
+            near, looked_up = np.split(weights, [seen.shape[1]], axis=-1)
+            recalled: FloatArray = near @ past.values[seen].transpose(0, 2, 1, 3)
+            recalled += looked_up @ past.values.transpose(1, 0, 2)
+            return recalled.reshape(len(queries), -1)
+        weights = _shares(scores, self._transformer.attention_sinks(layer))
         attended: FloatArray = weights @ past.values[seen].transpose(0, 2, 1, 3)
         return attended.reshape(len(queries), -1)
+
+    def _far_scores(self, past: _Keys, grouped: ComplexArray, distance: int) -> FloatArray:
+        """[n, n_head_kv, group, keys] scores of all keys as if they stood at one distance."""
+        keys = np.conj(past.keys) * past.rotation.turn(np.array(distance))
+        return softcapped((grouped @ keys.transpose(1, 2, 0)).real, self._transformer.architecture.attention_softcap)
 
 
 class _Keys:
@@ -118,18 +149,24 @@ class _Keys:
         self._layer = layer
         self.rotation = transformer.rotation(layer, n_ctx)
         self.positions: IntArray = np.zeros(0, np.int64)
+        self.is_forgotten: BoolArray = np.zeros(0, np.bool_)
         keys, values = transformer.keys_values(layer, transformer.embed([0]))
         self.keys, self.values = self.rotation.pairs(keys)[:0], values[:0]
 
     def append(self, hidden: FloatArray, positions: IntArray) -> None:
         keys, values = self._transformer.keys_values(self._layer, hidden)
         self.positions = np.concatenate([self.positions, positions])
+        self.is_forgotten = np.concatenate([self.is_forgotten, np.zeros(len(positions), np.bool_)])
         self.keys = np.concatenate([self.keys, self.rotation.pairs(keys)])
         self.values = np.concatenate([self.values, values])
 
     def remove(self, start: int, end: int) -> None:
         kept = (self.positions < start) | (self.positions >= end)
         self.positions, self.keys, self.values = self.positions[kept], self.keys[kept], self.values[kept]
+        self.is_forgotten = self.is_forgotten[kept]
+
+    def forget(self, start: int, end: int) -> None:
+        self.is_forgotten |= (self.positions >= start) & (self.positions < end)
 
 
 class _Inputs:

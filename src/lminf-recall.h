@@ -1,0 +1,104 @@
+// Attention that recalls middle tokens: window and sink tokens as ever, and with them the few stored tokens that a query's product
+// is largest with (Han et al., arXiv 2308.16137, section 4).
+//
+// Operations of our own in the model's graph, computed on the CPU. Three follow each other in each layer:
+//   1. attend to what the query sees anyway, and keep the log-sum-exp;
+//   2. scan the stored keys, with bounded heaps of the best ones;
+//   3. take the best ones into the same softmax.
+// What they do depends on the micro-batch (begin()), not on the shape of the graph, so that a graph can be used again.
+// Called by lminf-kv-cache-middle.cpp.
+
+#pragma once
+
+#include "lminf-store.h"
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <utility>
+#include <vector>
+
+// One token of a micro-batch. Positions are logical.
+struct lminf_recall_token {
+    int64_t seq;
+    int64_t pos;
+    int64_t begin; // it can recall keys [begin, end)
+    int64_t end;
+    int64_t record; // where to put down what it recalls; -1: nowhere. The last one of each sequence is recorded
+};
+
+// what a query looked up: position, weight in the softmax
+struct lminf_recalled {
+    int64_t pos;
+    float   weight;
+};
+
+class lminf_recall {
+public:
+    // n_heads: query heads of each layer; n_best: per query head or, if !per_head, per KV head
+    lminf_recall(lminf_store & store, std::vector<int64_t> n_heads, int64_t n_best, bool per_head);
+    ~lminf_recall();
+
+    lminf_recall(const lminf_recall &) = delete;
+    lminf_recall & operator=(const lminf_recall &) = delete;
+
+    // Before a micro-batch is computed: its tokens, one sequence after the other (all but `record`). recalls: attend() is part
+    // of the graph. gated: a stored token takes part for a head only if its weight exceeds what the head
+    // sees anyway, all together.
+    void begin(std::vector<lminf_recall_token> tokens, bool recalls, bool gated);
+
+    // Stores the rows of this micro-batch when the result is computed, which has the data of cur. Keys: F32 [n_embd, n_head,
+    // n_tokens], at position 0.
+    ggml_tensor * store_keys  (ggml_context * ctx, size_t layer, ggml_tensor * cur, ggml_tensor * keys);
+    ggml_tensor * store_values(ggml_context * ctx, size_t layer, ggml_tensor * cur);
+
+    // inputs of one layer's attention, as build_attn() has them
+    struct inputs {
+        ggml_tensor * q;        // F32 [n_embd, n_head, n_tokens], as the cache's keys are rotated
+        ggml_tensor * q_far;    // the same at the distance of recalled keys from position 0
+        ggml_tensor * k;        // of the cache [n_embd, n_head_kv, n_kv, n_stream]
+        ggml_tensor * v;        // the same, or transposed [n_kv, n_head_kv, n_embd, n_stream]
+        ggml_tensor * mask;     // F32 or F16 [n_kv, n_tokens/n_stream, 1, n_stream]
+        ggml_tensor * stored_k; // what store_keys() and store_values() returned
+        ggml_tensor * stored_v;
+        float   scale;
+        float   softcap; // 0: none
+        int64_t n_threads;
+    };
+
+    // F32 [n_embd_v*n_head, n_tokens]
+    ggml_tensor * attend(ggml_context * ctx, size_t layer, const inputs & in);
+
+    // what the last token of a sequence looked up in the last micro-batch that recalled: weights summed over layers and heads
+    std::vector<lminf_recalled> record(int64_t seq) const;
+    void clear_records();
+
+    double scan_seconds() const { return 1e-6*n_us_scan; }
+
+private:
+    struct layer_op; // what an operation is told
+    struct best;     // heaps of stored keys
+
+    lminf_store & store;
+
+    const std::vector<int64_t> n_heads;
+    const int64_t              n_best;
+    const bool                 per_head;
+
+    std::vector<lminf_recall_token> tokens;
+    bool gated = false;
+
+    std::vector<std::unique_ptr<layer_op>> ops; // [layer]
+
+    // [layer][recorded token][query head][n_best]
+    std::vector<std::vector<lminf_recalled>> records;
+    std::vector<int64_t>                     recorded; // sequences
+
+    std::atomic<int64_t> n_us_scan{0};
+
+    static void compute_store_k(ggml_tensor * dst, int ith, int nth, void * data);
+    static void compute_store_v(ggml_tensor * dst, int ith, int nth, void * data);
+    static void compute_window(ggml_tensor * dst, int ith, int nth, void * data);
+    static void compute_scan  (ggml_tensor * dst, int ith, int nth, void * data);
+    static void compute_merge (ggml_tensor * dst, int ith, int nth, void * data);
+};
