@@ -13,8 +13,9 @@ import typer
 from lminf_edge.cli._options import Window
 from lminf_edge.config import LMInfConfig
 from lminf_edge.errors import ConfigError
-from lminf_edge.evaluation.methods import METHODS, N_UBATCH, MethodSetup
+from lminf_edge.evaluation.methods import METHODS, N_UBATCH, WITHOUT_STORE, MethodSetup
 from lminf_edge.evaluation.results import ResultLog
+from lminf_edge.middle import MiddleConfig
 
 _MODEL, _METHODS, _OUTPUT = "Model", "Methods", "Output"
 
@@ -52,7 +53,7 @@ class MethodOptions:
     ] = N_UBATCH
     methods: Annotated[
         str, typer.Option(help=f"What is compared: some of {', '.join(METHODS)}.", rich_help_panel=_METHODS)
-    ] = ",".join(METHODS)
+    ] = ",".join(WITHOUT_STORE)
     cache_types: Annotated[
         str, typer.Option(help="Types of cached keys and values, such as f16,q8_0,q4_0.", rich_help_panel=_METHODS)
     ] = "f16"
@@ -73,6 +74,21 @@ class MethodOptions:
     n_shift: Annotated[
         int | None,
         typer.Option(help="Context of the context shift. Default: the window.", rich_help_panel=_METHODS, metavar="N"),
+    ] = None
+    recall_k: Annotated[
+        int, typer.Option(help="Middle tokens that a query recalls.", rich_help_panel=_METHODS, metavar="N")
+    ] = MiddleConfig.k
+    recall_per: Annotated[
+        str, typer.Option(help="So many for each kv_head, or for each query head.", rich_help_panel=_METHODS)
+    ] = MiddleConfig.per
+    store_type: Annotated[
+        str, typer.Option(help="Type of stored middle tokens: f32, f16, q8_0, q4_0.", rich_help_panel=_METHODS)
+    ] = MiddleConfig.cache_type
+    store_tokens: Annotated[
+        int, typer.Option(help="Newest tokens that are stored.", rich_help_panel=_METHODS, metavar="N")
+    ] = MiddleConfig.max_tokens
+    store_path: Annotated[
+        str | None, typer.Option(help="File for the store. Default: in memory.", rich_help_panel=_METHODS)
     ] = None
 
     def setup(self, path: Path, n_ctx_train: int) -> MethodSetup:
@@ -97,7 +113,23 @@ class MethodOptions:
             n_threads=self.threads,
             n_gpu_layers=self.gpu_layers,
             n_ubatch=self.n_ubatch,
+            middle=MiddleConfig(
+                k=self.recall_k,
+                per=self.recall_per,  # type: ignore[arg-type]  # checked there
+                cache_type=self.store_type,
+                max_tokens=self.store_tokens,
+                path=self.store_path,
+            ),
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnsweringOptions(MethodOptions):
+    """The same for methods that answer questions: middle tokens are among them."""
+
+    methods: Annotated[
+        str, typer.Option(help=f"What is compared: some of {', '.join(METHODS)}.", rich_help_panel=_METHODS)
+    ] = ",".join(METHODS)
 
 
 def names(text: str) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from lminf_edge.cli._answers import INSIDE, OUTSIDE, add_counts, fractions, rows_by_length, say_what_is_left_out, share
-from lminf_edge.cli._evaluation import MethodOptions, Output, numbers, result_log
+from lminf_edge.cli._evaluation import AnsweringOptions, Output, numbers, result_log
 from lminf_edge.cli._options import AsJson, with_option_groups
 from lminf_edge.cli._terminal import counting_bar, find_model, output, with_exit_codes
 from lminf_edge.evaluation.passkey import PasskeySettings, run_passkey
@@ -44,7 +44,7 @@ def eval_passkey(
     ] = False,
     results: Output = None,
     as_json: AsJson = False,
-    methods: MethodOptions,
+    methods: AnsweringOptions,
 ) -> None:
     """Passkey retrieval: accuracy by length and depth, of several methods on the same prompts.
 

@@ -18,7 +18,7 @@ from lminf_edge.cli._answers import (
     say_what_is_left_out,
     say_what_was_left_out,
 )
-from lminf_edge.cli._evaluation import MethodOptions, Output, numbers, result_log
+from lminf_edge.cli._evaluation import AnsweringOptions, Output, numbers, result_log
 from lminf_edge.cli._options import AsJson, with_option_groups
 from lminf_edge.cli._terminal import counting_bar, find_model, output, with_exit_codes
 from lminf_edge.errors import ConfigError
@@ -67,7 +67,7 @@ def eval_qa(
     ] = False,
     results: Output = None,
     as_json: AsJson = False,
-    methods: MethodOptions,
+    methods: AnsweringOptions,
 ) -> None:
     """Question answering: F1 of short answers by length, of several methods on the same questions.
 

@@ -12,7 +12,7 @@ from typing import Protocol, TypeVar
 from lminf_edge._checks import check_bool, check_float, check_int
 from lminf_edge.errors import ConfigError, LMInfError
 from lminf_edge.evaluation.methods import MethodSetup, Pass
-from lminf_edge.evaluation.reader import ReaderOptions, StreamReader
+from lminf_edge.evaluation.reader import ReaderOptions, StreamReader, has_store
 from lminf_edge.llama import Llama
 from lminf_edge.tokens import TokenArray
 
@@ -85,6 +85,10 @@ class Prompt(Protocol):
     def n_tokens(self) -> int:
         """Its length."""
 
+    @property
+    def n_question(self) -> int:
+        """Tokens at its end that ask: those that recall, where a method does."""
+
     def tokens(self) -> TokenArray:
         """Its token ids, int32 [n_tokens]."""
 
@@ -141,7 +145,8 @@ def ask_all(
                 if of not in readers:
                     readers[of] = stack.enter_context(StreamReader(settings.options(of, n_longest)))
                 tokens = prompt.tokens()[-settings.n_read(of, prompt.n_tokens) :]
-                for message in readers[of].run(answer_prompt, tokens, settings.max_tokens, one_line):
+                asked = (prompt.n_question, settings.max_tokens, one_line)
+                for message in readers[of].run(answer_prompt, tokens, *asked):
                     if isinstance(message, Answer):
                         yield of, prompt, message
                     else:
@@ -149,12 +154,15 @@ def ask_all(
                         on_progress(n_done, n_all)
 
 
-def answer_prompt(llm: Llama, tokens: TokenArray, max_tokens: int, one_line: bool) -> Iterator[int | Answer]:
+def answer_prompt(
+    llm: Llama, tokens: TokenArray, n_question: int, max_tokens: int, one_line: bool
+) -> Iterator[int | Answer]:
     """Reads a prompt with a new sequence and takes the most probable token again and again.
 
     Args:
         llm: The model.
         tokens: The prompt, int32 [n], n at least 1.
+        n_question: Its last tokens, which recall middle tokens with the answer if the model stores any.
         max_tokens: Tokens of the answer at most.
         one_line: Stop behind the first line that is not empty.
 
@@ -163,17 +171,19 @@ def answer_prompt(llm: Llama, tokens: TokenArray, max_tokens: int, one_line: boo
     """
     start = time.perf_counter()
     llm.reset()
-    for begin in range(0, len(tokens) - 1, _N_PIECE):
-        piece = tokens[begin : min(begin + _N_PIECE, len(tokens) - 1)]
+    recall = has_store(llm)
+    n_plain = max(0, len(tokens) - (n_question if recall else 1))
+    for begin in range(0, n_plain, _N_PIECE):
+        piece = tokens[begin : min(begin + _N_PIECE, n_plain)]
         list(llm.generate(piece, max_tokens=0))
         yield len(piece)
     text = ""
-    for step in llm.generate(tokens[-1:], max_tokens=max_tokens, temperature=0):
+    for step in llm.generate(tokens[n_plain:], max_tokens=max_tokens, temperature=0, recall=recall):
         text += step.text
         if one_line and "\n" in text.lstrip():
             break
     text = text.strip()
-    yield 1
+    yield len(tokens) - n_plain
     yield Answer(text=text.partition("\n")[0].rstrip() if one_line else text, seconds=time.perf_counter() - start)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 
@@ -11,14 +11,19 @@ from lminf_edge._checks import check_choice, check_optional_int
 from lminf_edge.config import LMInfConfig
 from lminf_edge.errors import ConfigError
 from lminf_edge.evaluation.reader import ReaderOptions
+from lminf_edge.middle import MiddleConfig
 
 METHODS = {
     "endless": "sink tokens, window and clamp: LM-Infinite",
     "full": "llama.cpp with full attention, until its context is full",
     "absolute": "sink tokens and window at absolute positions, without the clamp",
     "shift": "llama.cpp's context shift: the first tokens are kept, half of the others discarded",
+    "middle": "LM-Infinite with middle tokens: questions and answers recall what has left the window",
 }
 """Names and what they mean."""
+
+WITHOUT_STORE = tuple(name for name in METHODS if name != "middle")
+"""Those that keep nothing beside the cache."""
 
 NO_CLAMP = 2**28
 """Distances of sink tokens up to this are their true ones: the largest n_clamp that the engine takes."""
@@ -61,6 +66,7 @@ class MethodSetup:
         n_threads: Threads. None: the usable physical cores.
         n_gpu_layers: Layers to keep on a GPU.
         n_ubatch: Tokens of a micro-batch.
+        middle: The store of the method "middle".
 
     Raises:
         ConfigError: There is no such method, or a parameter is out of range.
@@ -77,6 +83,7 @@ class MethodSetup:
     n_threads: int | None = None
     n_gpu_layers: int = 0
     n_ubatch: int = N_UBATCH
+    middle: MiddleConfig = field(default_factory=MiddleConfig)
 
     def __post_init__(self) -> None:
         check_names("methods", self.methods, tuple(METHODS))
@@ -104,6 +111,8 @@ class MethodSetup:
         n_keep: int | None = None
         if of.method == "endless":
             lminf = self.config()
+        elif of.method == "middle":
+            lminf = replace(self.config(), middle=self.middle)
         elif of.method == "absolute":
             lminf = LMInfConfig(n_sink=self.n_sink, n_window=self.n_window, n_clamp=NO_CLAMP, n_block=64)
         elif of.method == "full":

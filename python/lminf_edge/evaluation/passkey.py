@@ -126,6 +126,11 @@ class PasskeyTrial:
         return self.length
 
     @property
+    def n_question(self) -> int:
+        """Tokens that ask for the key."""
+        return len(self.after)
+
+    @property
     def n_filler(self) -> int:
         """Tokens of filler."""
         return self.length - len(self.before) - len(self.told) - len(self.after)

@@ -56,6 +56,11 @@ class QuestionPrompt:
         return self.n_needed if self.length is None else self.length
 
     @property
+    def n_question(self) -> int:
+        """Tokens behind the text, which ask."""
+        return len(self.after)
+
+    @property
     def n_before(self) -> int:
         """Tokens of filler before the passage."""
         if self.filler is None or self.depth is None:

@@ -227,13 +227,18 @@ def _open(options: ReaderOptions) -> Llama:
     return Llama(options.model_path, lminf=options.lminf, n_ctx=options.n_ctx, **common)
 
 
+def has_store(llm: Llama) -> bool:
+    """Whether the model stores middle tokens that can be recalled."""
+    return llm.config is not None and llm.config.middle is not None
+
+
 def read_part(llm: Llama, tokens: TokenSequence, following: int | None) -> Iterator[ReaderStatus]:
-    """What `StreamReader.read` does, in the process."""
+    """What `StreamReader.read` does, in the process. With a store, what is read recalls, gated."""
     room = len(tokens) if llm.n_ctx is None else llm.n_ctx - llm.n_past
     if room < len(tokens):
         tokens, following = tokens[:room], int(tokens[room])
     if len(tokens):
-        for piece in read_stream(llm, tokens, following):
+        for piece in read_stream(llm, tokens, following, "gated" if has_store(llm) else False):
             yield status_of(llm, piece)
 
 

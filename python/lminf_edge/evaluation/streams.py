@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lminf_edge.llama import Llama
+from lminf_edge.middle import Recall
 from lminf_edge.tokens import TokenSequence
 
 
@@ -53,20 +54,23 @@ class Bucket:
     tokens_per_second: float
 
 
-def read_stream(llm: Llama, tokens: TokenSequence, following: int | None = None) -> Iterator[StreamPiece]:
+def read_stream(
+    llm: Llama, tokens: TokenSequence, following: int | None = None, recall: Recall = False
+) -> Iterator[StreamPiece]:
     """Appends a text to the model's sequence and scores all of its tokens but the first.
 
     Args:
         llm: The model. Its sequence may have begun earlier: then the scores depend on that too.
         tokens: Token ids of the text.
         following: Token that the text goes on with. It is scored, but not appended: so a text can be read in parts.
+        recall: Whether the tokens look up middle tokens; see `Llama.eval`.
 
     Yields:
         One piece for each micro-batch, in order.
     """
     position = llm.n_past + 1
     clock = time.perf_counter()
-    for logprobs in llm._iter_logprobs(tokens, following):
+    for logprobs in llm._iter_logprobs(tokens, following, recall):
         now = time.perf_counter()
         n_read = llm.n_past - position + 1
         yield StreamPiece(position=position, losses=-logprobs, n_read=n_read, seconds=now - clock)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from lminf_edge.errors import LMInfError
 from lminf_edge.evaluation.results import Record, read_results
 
-METHOD_ORDER = ("endless", "fresh", "absolute", "shift", "recompute", "attention-sinks", "full", "truncate")
+METHOD_ORDER = ("endless", "middle", "fresh", "absolute", "shift", "recompute", "attention-sinks", "full", "truncate")
 """Methods in the order of legends and tables; others come behind them."""
 
 _CACHE_ORDER = ("f32", "bf16", "f16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")

@@ -26,6 +26,7 @@ from lminf_edge.report.words import method_words, plain_text, token_count
 
 _COLOURS = {
     "endless": "#0072B2",
+    "middle": "#882255",
     "fresh": "#000000",
     "absolute": "#E69F00",
     "shift": "#009E73",
@@ -36,6 +37,7 @@ _COLOURS = {
 }
 _MARKERS = {
     "endless": "o",
+    "middle": "*",
     "fresh": "P",
     "absolute": "^",
     "shift": "D",

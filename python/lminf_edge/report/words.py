@@ -10,6 +10,7 @@ from lminf_edge.report.runs import Run, Way
 
 _METHODS = {
     "endless": "LM-Infinite",
+    "middle": "LM-Infinite, middle tokens",
     "fresh": "LM-Infinite, begun anew",
     "absolute": "sinks and window, no clamp",
     "shift": "context shift",

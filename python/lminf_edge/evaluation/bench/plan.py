@@ -65,6 +65,8 @@ class BenchSettings:
     peer_python: str | None = None
 
     def __post_init__(self) -> None:
+        if "middle" in self.setup.methods:
+            raise ConfigError("methods: what middle tokens cost is measured by benchmarks/recall.py, not here")
         for name in ("depths", "prompts"):
             values = getattr(self, name)
             if len(set(values)) < len(values):
