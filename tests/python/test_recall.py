@@ -90,9 +90,9 @@ class TestChats:
         assert log[:2] == [(0, 0), (n_before, 1)]
 
     def test_a_session_looks_up_what_was_said(self, head_32: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
-        with ChatSession.open(head_32.path, n_window=48, middle=MIDDLE, **EXACT) as session:
+        with ChatSession.open(head_32.path, n_window=160, middle=MIDDLE, **EXACT) as session:
             log = recalled(session.llm, monkeypatch)
-            for number in range(6):
+            for number in range(9):
                 session.send(f"message {number}", stream=False, max_tokens=12)
             assert {mode for position, mode in log if position > 0} == {1}
             assert session.usage.n_tokens_forgotten > 0
@@ -103,8 +103,8 @@ class TestChats:
 
     def test_a_saved_session_remembers_what_it_forgot(self, head_32: TinyModel, tmp_path: Any) -> None:
         path = tmp_path / "chat"
-        with ChatSession.open(head_32.path, n_window=48, middle=MIDDLE, **EXACT) as session:
-            for number in range(5):
+        with ChatSession.open(head_32.path, n_window=160, middle=MIDDLE, **EXACT) as session:
+            for number in range(7):
                 session.send(f"message {number}", stream=False, max_tokens=12)
             session.save_state(path)
             expected = session.send("and?", stream=False, max_tokens=12)
