@@ -48,7 +48,7 @@ void lminf_scan_queries::add(const float * query) {
 
 void lminf_scan_queries::multiply(
         const uint8_t * rows, size_t row_size, int64_t n_rows, int64_t i0, int64_t n_i, float * dst) const {
-    if (multiply_fast(rows, n_rows, i0, n_i, dst)) {
+    if (n_rows > 1 && multiply_fast(rows, n_rows, i0, n_i, dst)) {
         return;
     }
     const auto vec_dot = ggml_get_type_traits_cpu(type)->vec_dot;
@@ -71,11 +71,13 @@ static float half_to_float(const uint8_t * bytes) {
 #endif
 }
 
-static float sum(__m256 x) {
-    __m128 res = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
-    res = _mm_add_ps(res, _mm_movehl_ps(res, res));
-    res = _mm_add_ss(res, _mm_movehdup_ps(res));
-    return _mm_cvtss_f32(res);
+// rows that are multiplied together: the sums over their lanes share additions
+static constexpr int N_ROWS = 4;
+
+// the sums over the lanes of each
+static __m128 sums(const __m256 (&x)[N_ROWS]) {
+    const __m256 res = _mm256_hadd_ps(_mm256_hadd_ps(x[0], x[1]), _mm256_hadd_ps(x[2], x[3]));
+    return _mm_add_ps(_mm256_castps256_ps128(res), _mm256_extractf128_ps(res, 1));
 }
 
 // A block as whole numbers of 16 bits, and its products with those of a query, as floats in lanes.
@@ -89,10 +91,11 @@ struct wide_block {
 
     lanes times(const int16_t * query) const { return _mm512_cvtepi32_ps(_mm512_madd_epi16(x, _mm512_loadu_si512(query))); }
 };
-static lanes zero() { return _mm512_setzero_ps(); }
-static lanes add_scaled(lanes acc, lanes x, float factor) { return _mm512_fmadd_ps(x, _mm512_set1_ps(factor), acc); }
-static float sum_lanes(lanes acc) {
-    return sum(_mm256_add_ps(_mm512_castps512_ps256(acc), _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(acc), 1))));
+static lanes broadcast(float x) { return _mm512_set1_ps(x); }
+static lanes times(lanes a, lanes b) { return _mm512_mul_ps(a, b); }
+static lanes add_times(lanes acc, lanes a, lanes b) { return _mm512_fmadd_ps(a, b, acc); }
+static __m256 halved(lanes acc) {
+    return _mm256_add_ps(_mm512_castps512_ps256(acc), _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(acc), 1)));
 }
 
 #else
@@ -113,36 +116,51 @@ struct wide_block {
                 _mm256_madd_epi16(low, _mm256_loadu_si256(y)), _mm256_madd_epi16(high, _mm256_loadu_si256(y + 1))));
     }
 };
-static lanes zero() { return _mm256_setzero_ps(); }
-static lanes add_scaled(lanes acc, lanes x, float factor) { return _mm256_add_ps(acc, _mm256_mul_ps(x, _mm256_set1_ps(factor))); }
-static float sum_lanes(lanes acc) { return sum(acc); }
+static lanes broadcast(float x) { return _mm256_set1_ps(x); }
+static lanes times(lanes a, lanes b) { return _mm256_mul_ps(a, b); }
+static lanes add_times(lanes acc, lanes a, lanes b) { return _mm256_add_ps(acc, _mm256_mul_ps(a, b)); }
+static __m256 halved(lanes acc) { return acc; }
 
 #endif
 
-// A row is widened once for all queries, and its blocks are summed up before the lanes are.
+// Rows are widened once for all queries, and their blocks are summed up before their lanes are.
 template <int N_BLOCKS>
 void lminf_scan_queries::multiply_q8_0(const uint8_t * rows, int64_t n_rows, int64_t i0, int64_t n_i, float * dst) const {
     static constexpr size_t ROW_SIZE = N_BLOCKS*Q8_0_SIZE;
 
-    for (int64_t r = 0; r < n_rows; ++r) {
-        const uint8_t * row = rows + r*ROW_SIZE;
-        _mm_prefetch((const char *) (row + 1024), _MM_HINT_T0);
+    for (int64_t r0 = 0; r0 < n_rows; r0 += N_ROWS) {
+        const int64_t n_left = n_rows - r0;
 
-        wide_block blocks[N_BLOCKS];
-        float      factors[N_BLOCKS];
-        for (int b = 0; b < N_BLOCKS; ++b) {
-            blocks[b].load(row + b*Q8_0_SIZE + sizeof(uint16_t));
-            factors[b] = half_to_float(row + b*Q8_0_SIZE);
+        wide_block blocks [N_ROWS][N_BLOCKS];
+        lanes      factors[N_ROWS][N_BLOCKS];
+        for (int r = 0; r < N_ROWS; ++r) {
+            const uint8_t * row = rows + (r0 + (r < n_left ? r : 0))*ROW_SIZE;
+            _mm_prefetch((const char *) (row + 1024), _MM_HINT_T0);
+            for (int b = 0; b < N_BLOCKS; ++b) {
+                factors[r][b] = broadcast(half_to_float(row + b*Q8_0_SIZE));
+                blocks [r][b].load(row + b*Q8_0_SIZE + sizeof(uint16_t));
+            }
         }
         for (int64_t i = 0; i < n_i; ++i) {
             const int16_t * query = wide  .data() + (i0 + i)*n;
             const float   * scale = scales.data() + (i0 + i)*N_BLOCKS;
 
-            lanes acc = zero();
-            for (int b = 0; b < N_BLOCKS; ++b) {
-                acc = add_scaled(acc, blocks[b].times(query + b*N_BLOCK), factors[b]*scale[b]);
+            __m256 parts[N_ROWS];
+            for (int r = 0; r < N_ROWS; ++r) {
+                lanes acc = times(blocks[r][0].times(query), times(factors[r][0], broadcast(scale[0])));
+                for (int b = 1; b < N_BLOCKS; ++b) {
+                    acc = add_times(acc, blocks[r][b].times(query + b*N_BLOCK), times(factors[r][b], broadcast(scale[b])));
+                }
+                parts[r] = halved(acc);
             }
-            dst[i*n_rows + r] = sum_lanes(acc);
+            float * out = dst + i*n_rows + r0;
+            if (n_left >= N_ROWS) {
+                _mm_storeu_ps(out, sums(parts));
+            } else {
+                float rest[N_ROWS];
+                _mm_storeu_ps(rest, sums(parts));
+                memcpy(out, rest, n_left*sizeof(float));
+            }
         }
     }
 }

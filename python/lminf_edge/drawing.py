@@ -61,8 +61,12 @@ def draw_tokens(
         n_read = prompt.size - n_question if options.recall.answering else prompt.size
         # a question that was read before was perhaps none then, and looked nothing up
         n_kept = sequence.keep_common_beginning(prompt, n_read) if options.fresh else 0
-        sequence.append(prompt[n_kept:n_read], options.check, options.recall.reading)
-        sequence.append(prompt[n_read:], options.check, options.recall.answering)
+        for part, recall in (
+            (prompt[n_kept:n_read], options.recall.reading),
+            (prompt[n_read:], options.recall.answering),
+        ):
+            if part.size:
+                sequence.append(part, options.check, recall)
     sampler.accept(prompt)
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     start = time.perf_counter()

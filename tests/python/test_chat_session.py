@@ -81,8 +81,8 @@ class Witness:
     def restore(self, snapshot: Any) -> None:
         self._stream, self._tokens = copy.deepcopy(snapshot)
 
-    def append(self, tokens: npt.NDArray[np.int32], check: Any = None) -> None:
-        self._append(tokens, check)
+    def append(self, tokens: npt.NDArray[np.int32], check: Any = None, recall: int = 0) -> None:
+        self._append(tokens, check, recall)
         position = self._stream.n_past
         self._tokens.update({position + i: int(token) for i, token in enumerate(tokens)})
         expected = self._stream.eval(tokens.tolist())[-1]

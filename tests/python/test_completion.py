@@ -237,9 +237,9 @@ def n_decoded(llm: Llama, prompt: Sequence[int], monkeypatch: pytest.MonkeyPatch
     counted: list[int] = []
     append = llm._sequence.append
 
-    def count(tokens: Any, check: Any = None) -> None:
+    def count(tokens: Any, *options: Any) -> None:
         counted.append(len(tokens))
-        append(tokens, check)
+        append(tokens, *options)
 
     monkeypatch.setattr(llm._sequence, "append", count)
     list(llm.create_completion(prompt, max_tokens=1, stream=True))
