@@ -366,3 +366,21 @@ def test_the_default_model_finds_keys_inside_its_window(default_model: Path) -> 
     settings = PasskeySettings(setup=setup, full_tokens=512, lengths=(384,), n_trials=2, n_bins=2, max_tokens=6)
     trials = [each for each in measured(settings) if each["kind"] == "passkey.trial"]
     assert [(each["in_window"], each["exact"]) for each in trials] == [(True, True)] * 2
+
+
+def test_middle_tokens_find_a_key_that_has_left_the_window(default_model: Path) -> None:
+    setup = MethodSetup(
+        model=str(default_model),
+        methods=("endless", "middle"),
+        cache_types=("f16",),
+        n_sink=4,
+        n_window=256,
+        n_threads=1,
+    )
+    settings = PasskeySettings(
+        setup=setup, full_tokens=512, lengths=(1024,), n_trials=2, depths=(0.25, 0.5), max_tokens=6
+    )
+    trials = [each for each in measured(settings) if each["kind"] == "passkey.trial"]
+    assert not any(each["in_window"] for each in trials)
+    found = {(each["method"], each["depth"]): each["exact"] for each in trials}
+    assert found == {(method, depth): method == "middle" for method in ("endless", "middle") for depth in (0.25, 0.5)}

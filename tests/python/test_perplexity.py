@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from command_line import run, start
-from lminf_edge import ConfigError, Llama, LMInfConfig, LMInfError
+from lminf_edge import ConfigError, Llama, LMInfConfig, LMInfError, MiddleConfig
 from lminf_edge._library import _core
 from lminf_edge.evaluation.context_shift import ShiftingLlama
 from lminf_edge.evaluation.methods import NO_CLAMP, MethodSetup
@@ -133,6 +133,18 @@ def test_a_fresh_pass_reads_each_part_inside_the_trained_length(head_32: TinyMod
         expected = -llm.logprobs(tokens[400 - 156 : 501])[156 - 0 :]
     assert fresh[4] == pytest.approx(float(expected.mean()), abs=0.02)
     assert fresh[4] != endless[4]
+
+
+def test_with_middle_tokens_what_is_read_recalls_gated(head_32: TinyModel, text: Path) -> None:
+    settings = settings_for(head_32, text)
+    middle = MiddleConfig(layers=(0, None))
+    records = measured(replace(settings, setup=replace(settings.setup, methods=("endless", "middle"), middle=middle)))
+    tokens = tokens_of(head_32, text, 700)
+    exact: dict[str, Any] = {"n_ubatch": 32, "n_threads": 1, "cache_type_k": "f32", "cache_type_v": "f32"}
+    window = LMInfConfig(n_sink=2, n_window=64, middle=middle)
+    with Llama(head_32.path, lminf=window, **exact) as llm:
+        expected = -llm.logprobs(tokens, recall="gated")
+    assert losses_of(records, "middle")[4] == pytest.approx(float(expected[400:500].mean()), abs=0.002)
 
 
 def test_memory_does_not_grow_with_the_text(head_32: TinyModel, text: Path) -> None:
