@@ -138,9 +138,11 @@ Context::use::~use() {
 
 void Context::use::throw_decode_error(int32_t status, const std::string & reason) const {
     switch (status) {
-        case 1:
-            throw error(
-                error_type::context, "the context is full (n_ctx = " + std::to_string(llama_n_ctx_seq(ctx())) + ")");
+        case 1: // no room: an endless context has some unless its store of middle tokens has none
+            throw error(error_type::context,
+                lminf_get_params(ctx(), nullptr)
+                    ? reason
+                    : "the context is full (n_ctx = " + std::to_string(llama_n_ctx_seq(ctx())) + ")");
         case 2: throw error(error_type::state, "the computation was aborted");
         default: throw error(error_type::context, reason);
     }

@@ -288,8 +288,22 @@ static std::optional<py::bytes> test_get_sink_original(Context & context, int32_
     });
 }
 
+static void test_check_candidates(Context & context, bool check) {
+    const Context::use held(context, 0);
+    if (!lminf_test_check_candidates(held.ctx(), check)) {
+        throw error(error_type::context, "this context has no candidates to check");
+    }
+}
+
+static std::pair<int64_t, int64_t> test_get_candidates(Context & context) {
+    const Context::use held(context, 0);
+    std::pair<int64_t, int64_t> result{};
+    lminf_test_get_candidates(held.ctx(), &result.first, &result.second);
+    return result;
+}
+
 static lminf_middle_params make_middle(uint32_t k, bool per_head, uint32_t distance, uint32_t layer_begin,
-    uint32_t layer_end, const std::string & type, uint32_t max_tokens) {
+    uint32_t layer_end, const std::string & type, uint32_t max_tokens, uint32_t n_candidates) {
     lminf_middle_params middle = lminf_default_params().middle;
     middle.k                   = k;
     middle.per_head            = per_head;
@@ -298,6 +312,7 @@ static lminf_middle_params make_middle(uint32_t k, bool per_head, uint32_t dista
     middle.layer_end           = layer_end;
     middle.cache_type          = cache_type("middle.cache_type", type);
     middle.max_tokens          = max_tokens;
+    middle.n_candidates        = n_candidates;
     return middle;
 }
 
@@ -318,13 +333,15 @@ static lminf_params make_params(uint32_t n_sink, uint32_t n_window, uint32_t n_c
 static void register_params(py::module_ & m) {
     py::class_<lminf_middle_params>(m, "MiddleParams")
         .def(py::init(&make_middle), py::kw_only(), py::arg("k"), py::arg("per_head"), py::arg("distance"),
-            py::arg("layer_begin"), py::arg("layer_end"), py::arg("cache_type"), py::arg("max_tokens"))
+            py::arg("layer_begin"), py::arg("layer_end"), py::arg("cache_type"), py::arg("max_tokens"),
+            py::arg("n_candidates"))
         .def_readonly("k", &lminf_middle_params::k)
         .def_readonly("per_head", &lminf_middle_params::per_head)
         .def_readonly("distance", &lminf_middle_params::distance)
         .def_readonly("layer_begin", &lminf_middle_params::layer_begin)
         .def_readonly("layer_end", &lminf_middle_params::layer_end)
-        .def_readonly("max_tokens", &lminf_middle_params::max_tokens);
+        .def_readonly("max_tokens", &lminf_middle_params::max_tokens)
+        .def_readonly("n_candidates", &lminf_middle_params::n_candidates);
 
     py::class_<lminf_params>(m, "Params")
         .def(py::init(&make_params), py::kw_only(), py::arg("n_sink"), py::arg("n_window"), py::arg("n_clamp"),
@@ -404,6 +421,8 @@ void register_context(py::module_ & m) {
         .def("middle_stats", &middle_stats, seq_id)
         .def("recalled", &recalled, seq_id)
         .def("decode", &decode, tokens, seq_id, py::arg("check") = py::none(), recall)
+        .def("test_check_candidates", &test_check_candidates, py::arg("check"))
+        .def("test_get_candidates", &test_get_candidates)
         .def("truncate", &truncate, py::arg("n_past"), seq_id)
         .def("forget", &forget, py::arg("end"), seq_id)
         .def("shift", &shift, py::arg("n_keep"), py::arg("n_discard"), seq_id)

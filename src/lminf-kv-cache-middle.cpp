@@ -10,11 +10,14 @@
 #include <algorithm>
 #include <stdexcept>
 
+// keys that tell the mean of all
+static constexpr int64_t N_MEAN = 256;
+
 lminf_kv_cache::middle_tokens::middle_tokens(
         std::vector<lminf_store::layer_shape> shapes, std::vector<int64_t> n_heads, const lminf_cache_group & group,
         int64_t n_slots, int64_t n_seqs) :
     store(std::move(shapes), (ggml_type) group.params.middle.cache_type, n_slots, n_seqs, group.store_path),
-    recall(store, std::move(n_heads), group.params.middle.k, group.params.middle.per_head),
+    recall(store, std::move(n_heads), group.params.middle.k, group.params.middle.per_head, group.params.middle.n_candidates),
     stored_k(store.n_layers()), stored_v(store.n_layers()), is_hooked(store.n_layers()), q_ropes(store.n_layers()) {
 }
 
@@ -31,7 +34,9 @@ void lminf_kv_cache::make_middle() {
         const uint32_t il = layers[i].il;
         if (il >= group->params.middle.layer_begin && il < group->params.middle.layer_end) {
             middle_layers[i] = (int32_t) shapes.size();
-            shapes .push_back({ hparams.n_head_kv(il), hparams.n_embd_head_k(il), hparams.n_embd_head_v(il) });
+            const int64_t n_embd_k = hparams.n_embd_head_k(il);
+            const int64_t n_words  = group->params.middle.n_candidates > 0 ? lminf_sketcher::n_words(n_embd_k) : 0;
+            shapes .push_back({ hparams.n_head_kv(il), n_embd_k, hparams.n_embd_head_v(il), n_words });
             n_heads.push_back(hparams.n_head(il));
         }
     }
@@ -49,12 +54,25 @@ bool lminf_kv_cache::has_recall_hooks() const {
 // a micro-batch
 //
 
+bool lminf_kv_cache::reserve_middle(llama_seq_id seq_id, int64_t n_past) {
+    try {
+        middle->store.reserve(seq_id, n_past);
+        return true;
+    } catch (const std::runtime_error & error) {
+        LLAMA_LOG_ERROR("%s: %s\n", __func__, error.what());
+        return false;
+    }
+}
+
 void lminf_kv_cache::begin_middle(const llama_ubatch & ubatch) {
     std::vector<lminf_recall_token> tokens;
 
     bool any = false;
     for (const auto & part : parts(ubatch)) {
         const auto & seq = seqs[part.seq_id];
+        if (group->params.middle.n_candidates > 0) {
+            find_means(part.seq_id);
+        }
         for (uint32_t i = 0; i < part.n; ++i) {
             const int64_t p = seq.n_past + i;
 
@@ -65,6 +83,14 @@ void lminf_kv_cache::begin_middle(const llama_ubatch & ubatch) {
     }
     middle->recalls = any && group->recall != LMINF_RECALL_OFF;
     middle->recall.begin(std::move(tokens), middle->recalls, group->recall == LMINF_RECALL_GATED);
+}
+
+void lminf_kv_cache::find_means(llama_seq_id seq_id) {
+    const auto [slot, n] = middle_rows(seqs[seq_id]);
+    if (n >= N_MEAN && middle->store.mean(seq_id, 0, 0)[0] == 0.0f) {
+        lctx->synchronize();
+        middle->recall.find_means(seq_id, slot, n);
+    }
 }
 
 void lminf_kv_cache::build_middle_inputs(ggml_context * ctx, const llama_ubatch & ubatch) const {
@@ -197,6 +223,18 @@ lminf_middle_stats lminf_kv_cache::middle_stats(llama_seq_id seq_id) const {
 
 std::vector<lminf_recalled> lminf_kv_cache::recalled(llama_seq_id seq_id) const {
     return middle && middle->recalls ? middle->recall.record(seq_id) : std::vector<lminf_recalled>();
+}
+
+bool lminf_kv_cache::check_candidates(bool check) {
+    if (!middle || group->params.middle.n_candidates == 0) {
+        return false;
+    }
+    middle->recall.check_candidates(check);
+    return true;
+}
+
+lminf_recall::checked lminf_kv_cache::check_result() const {
+    return middle ? middle->recall.check_result() : lminf_recall::checked();
 }
 
 // [number of rows, id of the file] and, in memory, the rows; of a file, their checksum

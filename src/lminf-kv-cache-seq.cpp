@@ -84,6 +84,7 @@ void lminf_kv_cache::seq_cp(llama_seq_id seq_id_src, llama_seq_id seq_id_dst, ll
         // the copy is cut to its first j1 tokens; a recurrent state beside it cannot be
         const auto [j0, j1] = logical_range(seqs[seq_id_src], p0, p1);
         ok = j0 == 0 && (j1 == seqs[seq_id_src].n_past || (!llm_arch_is_hybrid(model.arch) && can_remove(seq_id_src, p1, -1)));
+        ok = ok && (!middle || reserve_middle(seq_id_dst, seqs[seq_id_src].n_past));
     }
     if (!ok) {
         LLAMA_LOG_ERROR("%s: [%d, %d) of sequence %d cannot be copied exactly to sequence %d; nothing was changed\n", __func__,

@@ -242,6 +242,12 @@ llama_kv_cache::slot_info_vec_t lminf_kv_cache::prepare(const std::vector<llama_
         res.push_back(std::move(sinfo));
     }
 
+    for (const auto & [seq_id, seq] : trial) {
+        if (middle && !reserve_middle(seq_id, seq.n_past)) {
+            return {};
+        }
+    }
+
     return res;
 }
 

@@ -148,6 +148,10 @@ public:
     lminf_middle_stats          middle_stats(llama_seq_id seq_id) const;
     std::vector<lminf_recalled> recalled    (llama_seq_id seq_id) const; // see lminf_recall::record()
 
+    // see lminf_test_check_candidates()
+    bool                  check_candidates(bool check);
+    lminf_recall::checked check_result() const;
+
     // the model's graph asks this cache for the attention of each layer that is to recall
     bool has_recall_hooks() const;
 
@@ -216,7 +220,9 @@ private:
     std::vector<int32_t> middle_layers; // [ikv] layer of the store, -1 for none
 
     void make_middle();
+    bool reserve_middle(llama_seq_id seq_id, int64_t n_past); // room for the rows of tokens below n_past
     void begin_middle(const llama_ubatch & ubatch);
+    void find_means(llama_seq_id seq_id); // see lminf_recall
 
     ggml_tensor * store_k(ggml_context * ctx, ggml_tensor * k_cur, int32_t ikv) const;
     ggml_tensor * store_v(ggml_context * ctx, ggml_tensor * v_cur, int32_t ikv) const;

@@ -3,13 +3,14 @@
 //
 // Operations of our own in the model's graph, computed on the CPU. Three follow each other in each layer:
 //   1. attend to what the query sees anyway, and keep the log-sum-exp;
-//   2. scan the stored keys, with bounded heaps of the best ones;
+//   2. scan the stored keys, with bounded heaps of the best ones: all keys, or those that a first pass over sketches chose;
 //   3. take the best ones into the same softmax.
 // What they do depends on the micro-batch (begin()), not on the shape of the graph, so that a graph can be used again.
 // Called by lminf-kv-cache-middle.cpp.
 
 #pragma once
 
+#include "lminf-sketch.h"
 #include "lminf-store.h"
 
 #include <atomic>
@@ -35,8 +36,9 @@ struct lminf_recalled {
 
 class lminf_recall {
 public:
-    // n_heads: query heads of each layer; n_best: per query head or, if !per_head, per KV head
-    lminf_recall(lminf_store & store, std::vector<int64_t> n_heads, int64_t n_best, bool per_head);
+    // n_heads: query heads of each layer; n_best: per query head or, if !per_head, per KV head; n_candidates: as many keys are
+    // scored exactly of those that their sketches look best for, 0: all keys are
+    lminf_recall(lminf_store & store, std::vector<int64_t> n_heads, int64_t n_best, bool per_head, int64_t n_candidates);
     ~lminf_recall();
 
     lminf_recall(const lminf_recall &) = delete;
@@ -46,6 +48,10 @@ public:
     // of the graph. gated: a stored token takes part for a head only if its weight exceeds what the head
     // sees anyway, all together.
     void begin(std::vector<lminf_recall_token> tokens, bool recalls, bool gated);
+
+    // With candidates: the keys of slots [slot, slot + n), some hundred, tell the mean of all keys if there is none yet. Sketches
+    // are made from then on, and of these keys.
+    void find_means(int64_t seq, int64_t slot, int64_t n);
 
     // Stores the rows of this micro-batch when the result is computed, which has the data of cur. Keys: F32 [n_embd, n_head,
     // n_tokens], at position 0.
@@ -75,18 +81,30 @@ public:
 
     double scan_seconds() const { return 1e-6*n_us_scan; }
 
+    // With candidates: whether all keys are scored exactly as well, to count how many of the best ones were candidates.
+    void check_candidates(bool check) { is_checked = check; }
+
+    struct checked {
+        int64_t n_best  = 0; // keys that were recalled
+        int64_t n_found = 0; // and had been candidates
+    };
+    checked check_result() const { return { n_checked, n_found }; }
+
 private:
     struct layer_op; // what an operation is told
     struct best;     // heaps of stored keys
+    struct scan;     // a thread's share of a scan
 
     lminf_store & store;
 
     const std::vector<int64_t> n_heads;
     const int64_t              n_best;
     const bool                 per_head;
+    const int64_t              n_candidates;
 
     std::vector<lminf_recall_token> tokens;
-    bool gated = false;
+    bool gated      = false;
+    bool is_checked = false;
 
     std::vector<std::unique_ptr<layer_op>> ops; // [layer]
 
@@ -95,6 +113,8 @@ private:
     std::vector<int64_t>                     recorded; // sequences
 
     std::atomic<int64_t> n_us_scan{0};
+    std::atomic<int64_t> n_checked{0};
+    std::atomic<int64_t> n_found  {0};
 
     static void compute_store_k(ggml_tensor * dst, int ith, int nth, void * data);
     static void compute_store_v(ggml_tensor * dst, int ith, int nth, void * data);

@@ -1,5 +1,6 @@
 #include "lminf-store.h"
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 #include <random>
@@ -20,6 +21,9 @@
 
 // regions begin at multiples of this, so that each can be given back to the system and rows are aligned
 static constexpr size_t N_ALIGN = 65536;
+
+// slots that a file gets room for beyond those that are needed
+static constexpr int64_t N_RESERVE = 4096;
 
 static constexpr uint64_t FILE_MAGIC   = 0x31444c444d464e4c; // "LNFMDLD1"
 static constexpr size_t   HEADER_SIZE  = 65536;
@@ -59,6 +63,7 @@ public:
     ~mapping() { close(); }
 
     void release(uint8_t *, size_t) {}
+    void reserve(const uint8_t *, size_t) {} // a file is as large as the disk has room for
     void sync() const {
         FlushViewOfFile(addr, 0);
         FlushFileBuffers(file);
@@ -119,6 +124,14 @@ public:
         }
     }
 
+    // of a file
+    void reserve(const uint8_t * begin, size_t n) {
+        const int error = allocate((off_t) (begin - addr), (off_t) n);
+        if (error != 0) {
+            throw std::runtime_error(strerror(error));
+        }
+    }
+
     void sync() const {
         msync(addr, size, MS_SYNC);
     }
@@ -150,6 +163,26 @@ private:
         is_new = st.st_size == 0;
     }
 
+    // gives a part of the file its room on the disk, and leaves what is in it; 0 or an error number
+    int allocate(off_t begin, off_t n) {
+#ifdef __APPLE__
+        static constexpr off_t N_PAGE = 4096;
+        for (off_t i = begin/N_PAGE*N_PAGE; i < begin + n; i += N_PAGE) {
+            char byte;
+            if (pread(fd, &byte, 1, i) != 1 || pwrite(fd, &byte, 1, i) != 1) {
+                return errno;
+            }
+        }
+        return 0;
+#else
+        int res;
+        do {
+            res = posix_fallocate(fd, begin, n);
+        } while (res == EINTR);
+        return res;
+#endif
+    }
+
     void close_file() {
         if (fd >= 0) {
             close(fd);
@@ -173,16 +206,18 @@ lminf_store::lminf_store(
     for (size_t il = 0; il < this->layers.size(); ++il) {
         layer_offsets.push_back(n_bytes_seq);
         n_bytes_seq  += this->layers[il].n_head*head_size(il);
-        n_bytes_slot += this->layers[il].n_head*(k_row_size(il) + v_row_size(il));
+        n_bytes_slot += this->layers[il].n_head*row_size(il);
     }
 
     map  = std::make_unique<mapping>(HEADER_SIZE + n_seqs*n_bytes_seq, path);
     data = map->addr + HEADER_SIZE;
+    n_reserved.resize(n_seqs);
 
     if (!is_file()) {
         return;
     }
     if (map->is_new || id() == 0) { // 0: made by a process that was ended right then
+        map->reserve(map->addr, HEADER_SIZE);
         std::random_device random;
         const auto header = make_header((uint64_t(random()) << 32 | random()) | 1);
         memcpy(map->addr, header.data(), header.size());
@@ -197,14 +232,16 @@ lminf_store::lminf_store(
 lminf_store::~lminf_store() = default;
 
 size_t lminf_store::head_size(size_t layer) const {
-    return align_up(n_slots*(k_row_size(layer) + v_row_size(layer)));
+    return align_up(sketches_size(layer) + n_slots*(k_row_size(layer) + v_row_size(layer)));
 }
 
 // what a file says of itself: magic, id, shapes
 std::vector<uint8_t> lminf_store::make_header(uint64_t id) const {
     std::vector<uint64_t> res = { FILE_MAGIC, id, (uint64_t) type, (uint64_t) n_slots, n_bytes_seq, layers.size() };
     for (const auto & layer : layers) {
-        res.insert(res.end(), { (uint64_t) layer.n_head, (uint64_t) layer.n_embd_k, (uint64_t) layer.n_embd_v });
+        for (const int64_t n : { layer.n_head, layer.n_embd_k, layer.n_embd_v, layer.n_words }) {
+            res.push_back((uint64_t) n);
+        }
     }
     if (res.size()*sizeof(res[0]) > HEADER_SIZE) {
         throw std::runtime_error("too many layers for a store of middle tokens");
@@ -257,6 +294,21 @@ void lminf_store::copy(int64_t seq_src, int64_t seq_dst, int64_t slot, int64_t n
     const ptrdiff_t distance = (seq_dst - seq_src)*(ptrdiff_t) n_bytes_seq;
 
     for_each_stretch(seq_src, slot, n, [&](uint8_t * bytes, size_t size) { memcpy(bytes + distance, bytes, size); });
+}
+
+void lminf_store::reserve(int64_t seq, int64_t n) {
+    n = std::min(n, n_slots);
+    if (!is_file() || n <= n_reserved[seq]) {
+        return;
+    }
+    n = std::min(n + N_RESERVE, n_slots);
+    try {
+        for_each_stretch(seq, n_reserved[seq], n - n_reserved[seq],
+            [&](uint8_t * rows, size_t size) { map->reserve(rows, size); });
+    } catch (const std::runtime_error & error) {
+        throw std::runtime_error("the store " + path + " cannot grow: " + error.what());
+    }
+    n_reserved[seq] = n;
 }
 
 void lminf_store::release(int64_t seq) {

@@ -66,6 +66,7 @@ struct lminf_params lminf_default_params(void) {
             /*.layer_begin =*/ 4,
             /*.layer_end   =*/ 0,
             /*.max_tokens  =*/ 65536,
+            /*.n_candidates =*/ 0,
             /*.cache_type  =*/ GGML_TYPE_Q8_0,
             /*.path        =*/ nullptr,
         },
@@ -165,6 +166,10 @@ static lminf_status resolve_middle(const llama_model & model, const lminf_params
     if (p.max_tokens <= params.n_window || p.max_tokens > (1u << 28)) {
         return fail(LMINF_STATUS_CONFIG, "middle tokens: max_tokens = " + str(p.max_tokens) + " must be larger than n_window = " +
                 str(params.n_window) + " and at most 2^28");
+    }
+    if (p.n_candidates > 0 && (p.n_candidates < p.k || p.n_candidates > 65536)) {
+        return fail(LMINF_STATUS_CONFIG, "middle tokens: n_candidates = " + str(p.n_candidates) + " must be at least k = " + str(p.k) +
+                " and at most 65536");
     }
     switch (p.cache_type) {
         case GGML_TYPE_F32: case GGML_TYPE_F16: case GGML_TYPE_Q8_0: case GGML_TYPE_Q4_0: break;
@@ -581,4 +586,20 @@ size_t lminf_test_get_sink_original(
         const struct llama_context * ctx, llama_seq_id seq_id, int32_t il, uint32_t j, void * dst, size_t size) {
     const auto * kv = get_kv_cache(ctx);
     return kv && kv->has_seq(seq_id) ? kv->get_sink_original(seq_id, il, j, dst, size) : 0;
+}
+
+bool lminf_test_check_candidates(struct llama_context * ctx, bool check) {
+    auto * kv = get_kv_cache(ctx);
+    return kv && kv->check_candidates(check);
+}
+
+bool lminf_test_get_candidates(const struct llama_context * ctx, int64_t * n_recalled, int64_t * n_found) {
+    const auto * kv = get_kv_cache(ctx);
+    if (!kv || kv->get_group().params.middle.n_candidates == 0) {
+        return false;
+    }
+    const auto res = kv->check_result();
+    *n_recalled = res.n_best;
+    *n_found    = res.n_found;
+    return true;
 }

@@ -31,6 +31,7 @@ struct lminf_middle_params {
     uint32_t layer_begin; // layers [layer_begin, layer_end) recall
     uint32_t layer_end;   // 0 = to the last one
     uint32_t max_tokens;  // the newest tokens of a sequence that can be recalled; older ones are gone
+    uint32_t n_candidates; // keys that are scored exactly, chosen by one bit of each component; 0: all keys are
     int32_t  cache_type;  // ggml_type of stored keys and values: F32, F16, Q8_0 or Q4_0
     const char * path;    // file that holds the store, NULL: memory. Read while a context is made
 };
@@ -160,6 +161,11 @@ LLAMA_API size_t lminf_test_get_key(
 // Copies the un-rotated F32 original of sink token j in layer il. Returns its bytes; 0 if there is none.
 LLAMA_API size_t lminf_test_get_sink_original(
         const struct llama_context * ctx, llama_seq_id seq_id, int32_t il, uint32_t j, void * dst, size_t size);
+
+// With candidates: whether all keys are scored as well, so that the next function can say how many of the recalled keys, over all
+// layers and heads, had been among the candidates. false if the context has none.
+LLAMA_API bool lminf_test_check_candidates(struct llama_context * ctx, bool check);
+LLAMA_API bool lminf_test_get_candidates(const struct llama_context * ctx, int64_t * n_recalled, int64_t * n_found);
 
 #ifdef __cplusplus
 }

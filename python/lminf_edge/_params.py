@@ -39,6 +39,7 @@ def to_middle_params(middle: MiddleConfig | None) -> _core.MiddleParams | None:
         layer_end=end or 0,
         cache_type=middle.cache_type,
         max_tokens=middle.max_tokens,
+        n_candidates=middle.n_candidates or 0,
     )
 
 

@@ -38,6 +38,9 @@ class MiddleConfig:
         layers: First layer that looks them up, and the one after the last. None: to the last one.
         cache_type: Type of stored keys and values: f32, f16, q8_0 or q4_0.
         max_tokens: The newest tokens that can be looked up; of what is older nothing is kept. More than n_window.
+        n_candidates: Stored keys that are multiplied with a query, for each KV head (or query head, as `per` says). A
+            first pass chooses them by one bit of each rotated component, which takes an eighth of the time; worth
+            it from some 65,536 tokens on. At least k. None: all keys.
         path: File for the store, of which the system keeps in memory what is in use. None: in memory. A file that is
             there already must have been made for the same model and parameters.
 
@@ -51,6 +54,7 @@ class MiddleConfig:
     layers: tuple[int, int | None] = (4, None)
     cache_type: str = "q8_0"
     max_tokens: int = 65536
+    n_candidates: int | None = None
     path: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
@@ -59,6 +63,7 @@ class MiddleConfig:
         check_optional_int("distance", self.distance, 1)
         check_choice("cache_type", self.cache_type, STORE_TYPES)
         check_int("max_tokens", self.max_tokens, 1, N_MIDDLE_MAX)
+        check_optional_int("n_candidates", self.n_candidates, self.k, 65536)
         if not isinstance(self.layers, tuple | list) or len(self.layers) != 2:
             raise ConfigError(f"layers = {self.layers!r}: must be (first, end), where end may be None")
         begin = check_int("layers[0]", self.layers[0], 0)

@@ -87,6 +87,14 @@ class MethodOptions:
     store_tokens: Annotated[
         int, typer.Option(help="Newest tokens that are stored.", rich_help_panel=_METHODS, metavar="N")
     ] = MiddleConfig.max_tokens
+    candidates: Annotated[
+        int | None,
+        typer.Option(
+            help="Stored keys that a first pass chooses to be scored exactly. Default: all.",
+            rich_help_panel=_METHODS,
+            metavar="N",
+        ),
+    ] = None
     store_path: Annotated[
         str | None, typer.Option(help="File for the store. Default: in memory.", rich_help_panel=_METHODS)
     ] = None
@@ -118,6 +126,7 @@ class MethodOptions:
                 per=self.recall_per,  # type: ignore[arg-type]  # checked there
                 cache_type=self.store_type,
                 max_tokens=self.store_tokens,
+                n_candidates=self.candidates,
                 path=self.store_path,
             ),
         )

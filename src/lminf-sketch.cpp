@@ -1,0 +1,159 @@
+#include "lminf-sketch.h"
+
+#include <algorithm>
+#include <cmath>
+#include <random>
+
+#if defined(__AVX512VPOPCNTDQ__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
+#define LMINF_HAS_VECTOR_COUNTS
+#include <immintrin.h>
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized" // GCC 12 warns of its own definitions of AVX-512 intrinsics
+#endif
+#endif
+
+static constexpr int64_t N_WORD = 64; // bits
+
+static int count_bits(uint64_t x) {
+#if defined(__GNUC__)
+    return __builtin_popcountll(x);
+#else
+    x -= (x >> 1) & 0x5555555555555555;
+    x = (x & 0x3333333333333333) + ((x >> 2) & 0x3333333333333333);
+    x = (x + (x >> 4)) & 0x0f0f0f0f0f0f0f0f;
+    return (int) (x*0x0101010101010101 >> 56);
+#endif
+}
+
+//
+// making sketches
+//
+
+int64_t lminf_sketcher::n_words(int64_t n_embd) {
+    int64_t res = 1;
+    while (res*N_WORD < n_embd) {
+        res *= 2;
+    }
+    return res;
+}
+
+lminf_sketcher::lminf_sketcher(int64_t n_embd) :
+    n_embd(n_embd), flips(n_words(n_embd)*N_WORD), rotated(flips.size()) {
+    std::mt19937 random(1); // the same for all sketches ever: they are in files
+    for (auto & flip : flips) {
+        flip = (random() & 1) != 0 ? 1.0f : -1.0f;
+    }
+}
+
+void lminf_sketcher::rotate() {
+    const size_t n = rotated.size();
+    for (size_t i = 0; i < n; ++i) {
+        rotated[i] *= flips[i]/sqrtf((float) n);
+    }
+    for (size_t half = 1; half < n; half *= 2) {
+        for (size_t i = 0; i < n; i += 2*half) {
+            for (size_t j = i; j < i + half; ++j) {
+                const float a = rotated[j];
+                const float b = rotated[j + half];
+                rotated[j]        = a + b;
+                rotated[j + half] = a - b;
+            }
+        }
+    }
+}
+
+void lminf_sketcher::write_signs(uint64_t * dst, int64_t stride) const {
+    for (size_t i0 = 0; i0 < rotated.size(); i0 += N_WORD) {
+        uint64_t word = 0;
+        for (size_t i = 0; i < N_WORD; ++i) {
+            word |= (uint64_t) (rotated[i0 + i] > 0.0f) << i;
+        }
+        dst[(int64_t) i0/N_WORD*stride] = word;
+    }
+}
+
+float lminf_sketcher::write(const float * key, const float * mean, uint64_t * dst, int64_t stride) {
+    std::fill(rotated.begin(), rotated.end(), 0.0f);
+    for (int64_t i = 0; i < n_embd; ++i) {
+        rotated[i] = key[i] - mean[i];
+    }
+    rotate();
+    write_signs(dst, stride);
+
+    // so that the product with the key itself is right
+    float squares = 0.0f;
+    float sizes   = 0.0f;
+    for (const float x : rotated) {
+        squares += x*x;
+        sizes   += fabsf(x);
+    }
+    return sizes > 0.0f ? squares/sizes : 0.0f;
+}
+
+lminf_sketch_query lminf_sketcher::query(const float * query, const float * mean) {
+    lminf_sketch_query res;
+
+    res.limit  = -INFINITY;
+    res.offset = 0.0f;
+    std::fill(rotated.begin(), rotated.end(), 0.0f);
+    for (int64_t i = 0; i < n_embd; ++i) {
+        rotated[i] = query[i];
+        res.offset += query[i]*mean[i];
+    }
+    rotate();
+    res.signs.resize(rotated.size()/N_WORD);
+    write_signs(res.signs.data(), 1);
+
+    float size = 0.0f;
+    for (const float x : rotated) {
+        size += fabsf(x)/(float) rotated.size();
+    }
+    res.slope   = size/2;
+    res.largest = 0.0f;
+    res.large.resize(res.signs.size());
+    for (size_t i = 0; i < rotated.size(); ++i) {
+        const bool is_large = fabsf(rotated[i]) > size;
+        res.large[i/N_WORD] |= (uint64_t) is_large << i % N_WORD;
+        res.largest += is_large ? 3.0f : 1.0f;
+    }
+    return res;
+}
+
+//
+// multiplying
+//
+
+float lminf_sketch_query::product(const lminf_sketches & key) const {
+    int64_t lost = 0; // sizes of the components whose signs differ
+    for (size_t w = 0; w < signs.size(); ++w) {
+        const uint64_t differ = signs[w] ^ key.words[(int64_t) w*key.stride];
+        lost += count_bits(differ) + 2*count_bits(differ & large[w]);
+    }
+    return offset + slope*ggml_fp16_to_fp32(*key.factors)*(largest - 2.0f*(float) lost);
+}
+
+uint64_t lminf_sketch_query::find(const lminf_sketches & keys, int64_t n) const {
+    uint64_t res = 0;
+    int64_t  i   = 0;
+#ifdef LMINF_HAS_VECTOR_COUNTS
+    static constexpr int64_t N_LANES = 8;
+
+    const __m256 least = _mm256_set1_ps(limit - offset);
+    for (; i + N_LANES <= n; i += N_LANES) {
+        __m512i lost = _mm512_setzero_si512();
+        for (size_t w = 0; w < signs.size(); ++w) {
+            const __m512i differ = _mm512_xor_si512(
+                    _mm512_loadu_si512(keys.words + w*keys.stride + i), _mm512_set1_epi64((long long) signs[w]));
+            const __m512i twice = _mm512_popcnt_epi64(_mm512_and_si512(differ, _mm512_set1_epi64((long long) large[w])));
+            lost = _mm512_add_epi64(lost, _mm512_add_epi64(_mm512_popcnt_epi64(differ), _mm512_add_epi64(twice, twice)));
+        }
+        const __m256 factors = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) (keys.factors + i)));
+        const __m256 kept    = _mm256_fnmadd_ps(_mm256_set1_ps(2.0f*slope), _mm512_cvtepi64_ps(lost), _mm256_set1_ps(slope*largest));
+        res |= (uint64_t) _mm256_cmp_ps_mask(_mm256_mul_ps(factors, kept), least, _CMP_GT_OQ) << i;
+    }
+#endif
+    for (; i < n; ++i) {
+        res |= (uint64_t) (product(keys.from(i)) > limit) << i;
+    }
+    return res;
+}
