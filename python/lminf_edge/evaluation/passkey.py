@@ -18,8 +18,8 @@ from lminf_edge.evaluation.answering import (
     AnsweringSettings,
     Progress,
     ask_all,
+    check_counts,
     check_depths,
-    check_lengths,
     check_same,
     seeded,
 )
@@ -76,7 +76,7 @@ class PasskeySettings(AnsweringSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_lengths(self.lengths)
+        check_counts("lengths", self.lengths)
         check_depths(self.depths)
         check_int("n_bins", self.n_bins, 1)
         check_int("n_trials", self.n_trials, 1)

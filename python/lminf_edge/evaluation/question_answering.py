@@ -19,8 +19,8 @@ from lminf_edge.evaluation.answering import (
     AnsweringSettings,
     Progress,
     ask_all,
+    check_counts,
     check_depths,
-    check_lengths,
     check_same,
     seeded,
 )
@@ -77,7 +77,7 @@ class QaSettings(AnsweringSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_lengths(self.lengths)
+        check_counts("lengths", self.lengths)
         check_depths(self.depths)
         check_optional_int("n_questions", self.n_questions, 1)
         if self.text is not None and (self.lengths or self.filler is not None):
