@@ -150,7 +150,7 @@ def filler_sha256(filler: str | None) -> str:
 
 
 def prepare_questions(settings: QaSettings, vocabulary: _core.Model) -> list[list[QuestionPrompt]]:
-    """The prompts of each length, or range of lengths.
+    """The prompts of each length, or range of lengths. Those with one length and depth begin alike.
 
     Args:
         settings: What is asked.
@@ -170,19 +170,12 @@ def prepare_questions(settings: QaSettings, vocabulary: _core.Model) -> list[lis
     filler = Filler(vocabulary, python_documentation() if settings.filler is None else text_file(settings.filler))
     groups: list[list[QuestionPrompt]] = []
     for length in settings.lengths:
-        groups.append([])
+        prompts = []
         for number, question in enumerate(questions):
-            random = seeded(settings.seed, length, question.id)
-            groups[-1].append(
-                prompt_in_filler(
-                    form,
-                    question,
-                    filler,
-                    length=length,
-                    depth=settings.depths[number % len(settings.depths)],
-                    first=int(filler.starts[int(random.random() * len(filler.starts))]),
-                )
-            )
+            depth = settings.depths[number % len(settings.depths)]
+            first = int(filler.starts[int(seeded(settings.seed, length, depth).random() * len(filler.starts))])
+            prompts.append(prompt_in_filler(form, question, filler, length=length, depth=depth, first=first))
+        groups.append(sorted(prompts, key=lambda prompt: (prompt.depth or 0, prompt.n_before)))
     return groups
 
 
