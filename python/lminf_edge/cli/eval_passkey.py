@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.table import Table
 
 from lminf_edge.cli._answers import INSIDE, OUTSIDE, add_counts, fractions, rows_by_length, say_what_is_left_out, share
-from lminf_edge.cli._evaluation import AnsweringOptions, Output, numbers, result_log
+from lminf_edge.cli._evaluation import AnsweringOptions, Output, absolute, numbers, result_log
 from lminf_edge.cli._options import AsJson, with_option_groups
-from lminf_edge.cli._terminal import counting_bar, find_model, output, with_exit_codes
+from lminf_edge.cli._terminal import counting_bar, output, with_exit_codes
 from lminf_edge.evaluation.passkey import PasskeySettings, run_passkey
 from lminf_edge.evaluation.results import Record, ResultLog, file_sha256
-from lminf_edge.evaluation.texts import trained_length
-from lminf_edge.evaluation.token_source import vocabulary_of
 
 
 @with_exit_codes
@@ -40,16 +37,6 @@ def eval_passkey(
     filler: Annotated[
         str | None, typer.Option(help="Text file to hide the keys in. Default: sentences about grass, sky and sun.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of keys and depths.")] = 0,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 16,
-    full_tokens: Annotated[
-        int | None,
-        typer.Option(min=1, help="Leave out longer texts for full attention. Default: twice the trained length."),
-    ] = None,
-    truncate: Annotated[
-        bool,
-        typer.Option("--truncate", help="Add a control: full attention that gets the last window of each prompt only."),
-    ] = False,
     results: Output = None,
     as_json: AsJson = False,
     methods: AnsweringOptions,
@@ -58,21 +45,15 @@ def eval_passkey(
 
     With --output, a run that was stopped goes on when it is started again.
     """
-    path = find_model(methods.model)
-    n_ctx_train = trained_length(vocabulary_of(path), path)
     settings = PasskeySettings(
-        setup=methods.setup(path, n_ctx_train),
-        full_tokens=2 * n_ctx_train if full_tokens is None else full_tokens,
-        truncate=truncate,
-        max_tokens=max_tokens,
-        seed=seed,
+        **methods.settings(),
         lengths=numbers("--lengths", lengths),
         n_trials=trials,
         n_bins=bins,
         depths=fractions("--depths", depths),
         distances=() if distances is None else numbers("--distances", distances),
         n_needles=needles,
-        filler=None if filler is None else str(Path(filler).resolve()),
+        filler=absolute(filler),
         filler_sha256=None if filler is None else file_sha256(filler),
     )
     say_what_is_left_out(settings, settings.lengths)

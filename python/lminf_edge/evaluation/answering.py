@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TypeVar
+from typing import Any, Generic, TypeVar
 
 from lminf_edge._checks import check_bool, check_float, check_int
 from lminf_edge.errors import ConfigError, LMInfError
 from lminf_edge.evaluation.methods import MethodSetup, Pass
 from lminf_edge.evaluation.prompts import Answer, Prompt, Shared, answer_prompt, n_shared
 from lminf_edge.evaluation.reader import ReaderOptions, StreamReader
+from lminf_edge.evaluation.results import Record, ResultLog, begin_or_resume, identify_model, run_record
 from lminf_edge.tokens import TokenArray
 
 TRUNCATE = "truncate"
@@ -86,6 +87,78 @@ def _holds_all(of: Pass, options: ReaderOptions) -> bool:
 
 
 _P = TypeVar("_P", bound=Prompt)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnsweringTask(Generic[_P]):
+    """What a task makes of answers.
+
+    Attributes:
+        name: Of the run record.
+        kind: Kind of the records of answers.
+        one_line: An answer ends with its line.
+        judged: Fields of an answer's record that this task alone has, by prompt and answer.
+        cells: Summaries of all records of answers, in an order that depends on the settings alone.
+    """
+
+    name: str
+    kind: str
+    one_line: bool
+    judged: Callable[[_P, str], Record]
+    cells: Callable[[Sequence[Record]], Iterator[Record]]
+
+
+def run_answering(
+    task: AnsweringTask[_P],
+    settings: AnsweringSettings,
+    groups: Sequence[Sequence[_P]],
+    log: ResultLog,
+    on_progress: Progress | None,
+) -> None:
+    """Asks every method the same and writes what they answer to the log, but for what that holds already.
+
+    Args:
+        task: What is made of the answers.
+        settings: Who is asked.
+        groups: What is asked: see `ask_all`.
+        log: Where the records go.
+        on_progress: Watches.
+
+    Raises:
+        LMInfError: A model cannot be read or cannot compute, or the log holds another run.
+    """
+
+    def identity(of: Pass, fields: Mapping[str, Any], names: Iterable[str]) -> tuple[Any, ...]:
+        return of, *(fields.get(name) for name in names)
+
+    begin_or_resume(log, run_record(task.name, settings, identify_model(settings.setup.model)))
+    names = next((list(prompt.identity) for group in groups for prompt in group), [])
+    done = {identity(pass_of(record), record, names) for record in log.of_kind(task.kind)}
+    answers = ask_all(
+        settings,
+        groups,
+        lambda of, prompt: identity(of, prompt.identity, names) in done,
+        on_progress or (lambda _done, _all: None),
+        one_line=task.one_line,
+    )
+    for of, prompt, answer in answers:
+        log.add(
+            task.kind,
+            **asdict(of),
+            **prompt.identity,
+            **task.judged(prompt, answer.text),
+            answer=answer.text,
+            n_tokens=prompt.n_tokens,
+            in_window=prompt.in_window(settings.setup.n_window),
+            seconds=answer.seconds,
+        )
+    for cell in list(task.cells(log.of_kind(task.kind)))[len(log.of_kind(f"{task.name}.cell")) :]:
+        log.write(cell)
+
+
+def pass_of(record: Record) -> Pass:
+    """Whose answer it is."""
+    return Pass(method=record["method"], cache_type=record["cache_type"])
 
 
 def ask_all(

@@ -14,23 +14,18 @@ from lminf_edge._library import _core
 from lminf_edge.errors import ConfigError
 from lminf_edge.evaluation.answering import (
     AnsweringSettings,
+    AnsweringTask,
     Progress,
-    ask_all,
     check_counts,
     check_depths,
     check_same,
+    pass_of,
+    run_answering,
     seeded,
 )
 from lminf_edge.evaluation.methods import Pass
 from lminf_edge.evaluation.passkey_prompts import GRASS, LOCKS, PasskeyFormat, PasskeyTrial, Secret
-from lminf_edge.evaluation.results import (
-    Record,
-    ResultLog,
-    begin_or_resume,
-    file_sha256,
-    identify_model,
-    run_record,
-)
+from lminf_edge.evaluation.results import Record, ResultLog, file_sha256
 from lminf_edge.evaluation.statistics import share_interval
 from lminf_edge.evaluation.texts import text_file
 from lminf_edge.evaluation.token_source import vocabulary_of
@@ -110,39 +105,29 @@ def run_passkey(settings: PasskeySettings, log: ResultLog, on_progress: Progress
     Raises:
         LMInfError: A file cannot be read or is another one than it was, or the log holds another run.
     """
-    trials = prepare_trials(settings, vocabulary_of(settings.setup.model))
-    begin_or_resume(log, run_record("passkey", settings, identify_model(settings.setup.model)))
-    done = {_identity(record) for record in log.of_kind("passkey.trial")}
-    answers = ask_all(
-        settings,
-        trials,
-        lambda of, trial: (of.method, of.cache_type, trial.length, trial.trial, trial.needle) in done,
-        on_progress or (lambda _done, _all: None),
+
+    def judged(trial: PasskeyTrial, answer: str) -> Record:
+        asked = trial.asked
+        return {
+            "n_needles": len(trial.needles),
+            "lock": asked.lock,
+            "depth": asked.depth,
+            "distance": trial.distance,
+            "seed": settings.seed,
+            "key": asked.key,
+            "exact": is_exact(answer, asked.key),
+            "digits": has_digits(answer, asked.key),
+        }
+
+    task = AnsweringTask(
+        name="passkey",
+        kind="passkey.trial",
         one_line=False,
+        judged=judged,
+        cells=lambda trials: passkey_cells(settings, trials),
     )
-    for of, trial, answer in answers:
-        log.add(
-            "passkey.trial",
-            **asdict(of),
-            length=trial.length,
-            trial=trial.trial,
-            needle=trial.needle,
-            n_needles=settings.n_needles,
-            lock=trial.asked.lock,
-            depth=trial.asked.depth,
-            seed=settings.seed,
-            key=trial.asked.key,
-            answer=answer.text,
-            exact=is_exact(answer.text, trial.asked.key),
-            digits=has_digits(answer.text, trial.asked.key),
-            n_tokens=trial.n_tokens,
-            distance=trial.distance,
-            in_window=trial.in_window(settings.setup.n_window),
-            seconds=answer.seconds,
-        )
-    cells = list(passkey_cells(settings, log.of_kind("passkey.trial")))
-    for cell in cells[len(log.of_kind("passkey.cell")) :]:
-        log.write(cell)
+    trials = prepare_trials(settings, vocabulary_of(settings.setup.model))
+    run_answering(task, settings, trials, log, on_progress)
 
 
 def prepare_trials(settings: PasskeySettings, vocabulary: _core.Model) -> list[list[PasskeyTrial]]:
@@ -216,7 +201,7 @@ def passkey_cells(settings: PasskeySettings, trials: Sequence[Record]) -> Iterat
     bins = settings.bins()
     for of in settings.passes():
         for length in settings.lengths:
-            here = [each for each in trials if _identity(each)[:3] == (of.method, of.cache_type, length)]
+            here = [each for each in trials if pass_of(each) == of and each["length"] == length]
             for in_window in (None, True, False):
                 part = [each for each in here if in_window is None or each["in_window"] is in_window]
                 yield from _cell(of, length, (0.0, 1.0), in_window, part)
@@ -251,7 +236,3 @@ def _cell(
         "n_trials": len(trials),
         **{name: asdict(share) for name, share in shares.items()},
     }
-
-
-def _identity(record: Record) -> tuple[str, str, int, int, int]:
-    return record["method"], record["cache_type"], record["length"], record["trial"], record.get("needle", 0)

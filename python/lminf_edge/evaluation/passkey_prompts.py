@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -94,6 +95,11 @@ class PasskeyTrial:
     filler: TokenArray
     after: TokenArray
     n_question: int
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """See `Prompt`."""
+        return {"length": self.length, "trial": self.trial, "needle": self.needle}
 
     @property
     def asked(self) -> Needle:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -27,12 +27,19 @@ class Prompt(Protocol):
     """Something to answer."""
 
     @property
+    def identity(self) -> Mapping[str, Any]:
+        """Fields of its record that tell it from the other prompts of a run."""
+
+    @property
     def n_tokens(self) -> int:
         """Its length."""
 
     @property
     def n_question(self) -> int:
         """Tokens at its end that ask: those that recall, where a method does."""
+
+    def in_window(self, n_window: int) -> bool | None:
+        """Whether a local window at its end holds all that an answer needs. None: nobody knows where that is."""
 
     def tokens(self) -> TokenArray:
         """Its token ids, int32 [n_tokens]."""
