@@ -128,6 +128,22 @@ def passkey(methods: Sequence[str] = METHODS, caches: Sequence[str] = ("f16",)) 
     return records + trials + _passkey_cells(trials)
 
 
+def passkey_at_distances(distances: Sequence[int] = (960, 1024, 1088)) -> list[Record]:
+    """Passkeys at fixed distances, beside the cells of all: found inside the window."""
+    records = [
+        each for each in passkey(("endless",)) if each.get("depth_low", 0) == 0 and each.get("depth_high", 1) == 1
+    ]
+    for length in (2048, 8192):
+        for distance in distances:
+            share = vars(share_interval(8 if distance < N_WINDOW else 0, 8))
+            depth = 1 - distance / length
+            way = {"method": "endless", "cache_type": "f16"}
+            place = {"length": length, "depth_low": depth, "depth_high": depth, "distance": distance}
+            cell = {"in_window": None, "n_trials": 8, "exact": share, "digits": share}
+            records.append({"kind": "passkey.cell", **way, **place, **cell})
+    return records
+
+
 def _passkey_cells(trials: list[Record]) -> list[Record]:
     cells = []
     for method, cache, length in dict.fromkeys((t["method"], t["cache_type"], t["length"]) for t in trials):

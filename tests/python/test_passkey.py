@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +16,16 @@ from lminf_edge import ConfigError, Llama, LMInfError
 from lminf_edge.evaluation.methods import MethodSetup
 from lminf_edge.evaluation.passkey import (
     PasskeySettings,
-    PasskeyTrial,
     has_digits,
     is_exact,
     passkey_cells,
     prepare_trials,
     run_passkey,
 )
+from lminf_edge.evaluation.passkey_prompts import PasskeyTrial
 from lminf_edge.evaluation.results import Record, ResultLog, file_sha256, plain, read_results, settings_from
 from lminf_edge.evaluation.token_source import vocabulary_of
-from tiny_models import TinyModel
+from tiny_models import TinyModel, TinyShape, write_tiny_model
 
 
 def settings_for(
@@ -70,27 +70,27 @@ def test_a_prompt_is_exactly_as_long_as_it_should_be_and_tells_the_key(head_32: 
     for trial in trials_of(head_32, lengths=(400, 401, 1000)):
         assert trial.tokens().shape == (trial.length,)
         text = text_of(head_32, trial)
-        assert text.count(f"The pass key is {trial.key}.") == 1
+        assert text.count(f"The pass key is {trial.asked.key}.") == 1
         assert text.endswith("What is the pass key? The pass key is the number")
-        assert len(trial.key) == 5
-        assert trial.key.isdecimal()
+        assert len(trial.asked.key) == 5
+        assert trial.asked.key.isdecimal()
 
 
 @pytest.mark.parametrize("depth", [0.0, 0.3, 0.5, 1.0])
 def test_the_key_is_told_at_its_depth_between_sentences(head_32: TinyModel, depth: float) -> None:
     for trial in trials_of(head_32, lengths=(1200,), depths=(depth,)):
-        assert trial.depth == depth
-        before, told, after = text_of(head_32, trial).partition(f" The pass key is {trial.key}.")
+        assert trial.asked.depth == depth
+        before, told, after = text_of(head_32, trial).partition(f" The pass key is {trial.asked.key}.")
         assert told
         assert before.rstrip().endswith(".") or depth == 1  # where the filler is cut off
-        assert abs(trial.n_before - depth * trial.n_filler) <= 50  # a sentence of the filler
+        assert abs(trial.asked.n_before - depth * len(trial.filler)) <= 50  # a sentence of the filler
         n_letters = len(before) - before.index("\n\n"), after.index("\n\n")
         assert abs(n_letters[0] / sum(n_letters) - depth) < 0.1
 
 
 def test_distance_and_window_are_those_of_the_tokens(head_32: TinyModel) -> None:
     for trial in trials_of(head_32, lengths=(900,), n_trials=12, n_bins=3):
-        tokens, told = trial.tokens().tolist(), trial.told.tolist()
+        tokens, told = trial.tokens().tolist(), trial.asked.told.tolist()
         (begin,) = [at for at in range(len(tokens)) if tokens[at : at + len(told)] == told]
         assert trial.distance == 900 - begin - len(told)
         for n_window in (100, 300, trial.distance + len(told), trial.distance + len(told) + 1):
@@ -100,14 +100,14 @@ def test_distance_and_window_are_those_of_the_tokens(head_32: TinyModel) -> None
 def test_every_bin_gets_as_many_keys_at_random_places(head_32: TinyModel) -> None:
     trials = trials_of(head_32, lengths=(3000,), n_trials=20, n_bins=5)
     for number in range(5):
-        depths = [trial.depth for trial in trials if number / 5 <= trial.depth < (number + 1) / 5]
+        depths = [trial.asked.depth for trial in trials if number / 5 <= trial.asked.depth < (number + 1) / 5]
         assert len(depths) == len(set(depths)) == 4
-    assert len({trial.key for trial in trials}) == 20
+    assert len({trial.asked.key for trial in trials}) == 20
 
 
 def test_the_seed_decides_about_keys_and_places(head_32: TinyModel) -> None:
     first, again, other = (
-        [(trial.key, trial.depth) for trial in trials_of(head_32, seed=seed, **extra)]
+        [(trial.asked.key, trial.asked.depth) for trial in trials_of(head_32, seed=seed, **extra)]
         for seed, extra in ((0, {}), (0, {"lengths": (400,)}), (1, {}))
     )
     assert again == first[:4]  # other lengths change nothing
@@ -145,12 +145,101 @@ def test_a_length_without_room_for_key_and_question_is_refused(head_32: TinyMode
         {"max_tokens": 0},
         {"full_tokens": 0},
         {"seed": -1},
+        {"distances": (0,)},
+        {"distances": (300, 300)},
+        {"distances": (100, 200, 300)},  # four trials
+        {"distances": (300,), "depths": (0.5,)},
+        {"n_needles": 33},
+        {"n_needles": 2, "depths": (0.5,)},
     ],
 )
 def test_settings_out_of_range_are_refused(head_32: TinyModel, wrong: dict[str, Any]) -> None:
-    name = "n_trials" if wrong.get("depths") == (0.1, 0.2, 0.3) else next(iter(wrong))
+    name = "n_trials" if 3 in map(len, (wrong.get("depths", ()), wrong.get("distances", ()))) else next(iter(wrong))
     with pytest.raises(ConfigError, match=name):
         settings_for(head_32, **wrong)
+
+
+# --- several keys
+
+
+def test_a_text_with_several_keys_is_asked_for_each(head_32: TinyModel) -> None:
+    trials = trials_of(head_32, lengths=(1500, 1501), n_trials=2, n_needles=5)
+    assert len(trials) == 2 * 2 * 5
+    for begin in range(0, len(trials), 5):
+        several = trials[begin : begin + 5]
+        assert [trial.needle for trial in several] == list(range(5))
+        assert len({trial.asked.key for trial in several}) == len({trial.asked.lock for trial in several}) == 5
+        assert len({trial.tokens()[: -trial.n_question].tobytes() for trial in several}) == 1
+        for number, trial in enumerate(several):
+            assert number / 5 <= trial.asked.depth < (number + 1) / 5
+            assert trial.tokens().shape == (trial.length,)
+            text, lock = text_of(head_32, trial), trial.asked.lock
+            assert text.endswith(f"What is the pass key of the {lock}? The pass key of the {lock} is the number")
+            for needle in several:
+                told = f" The pass key of the {needle.asked.lock} is {needle.asked.key}."
+                assert text.count(told) == 1
+            behind = vocabulary_of(head_32.path).detokenize(trial.tokens()[-trial.distance :], False, True).decode()
+            assert text.removesuffix(behind).endswith(f"{trial.asked.key} is the pass key of the {lock}.")
+
+
+def test_up_to_32_keys_fit_into_a_text(head_32: TinyModel) -> None:
+    trials = trials_of(head_32, lengths=(6000,), n_trials=1, n_needles=32)
+    assert len({trial.asked.lock for trial in trials}) == 32
+    with pytest.raises(ConfigError, match="have no room for 32 keys and the question"):
+        trials_of(head_32, lengths=(2000,), n_trials=1, n_needles=32)
+
+
+def test_cells_count_the_keys(head_32: TinyModel, tmp_path: Path) -> None:
+    settings = settings_for(head_32, ("endless",), lengths=(900,), n_trials=3, n_needles=4)
+    settings = replace(settings, setup=replace(settings.setup, n_window=256))
+    records = measured(settings, tmp_path / "passkey.jsonl")
+    assert records == read_results(tmp_path / "passkey.jsonl")
+    trials = [each for each in records if each["kind"] == "passkey.trial"]
+    assert {(each["trial"], each["needle"]) for each in trials} == {(n, m) for n in range(3) for m in range(4)}
+    assert {each["n_needles"] for each in trials} == {4}
+    n_inside = sum(each["in_window"] for each in trials)
+    assert 0 < n_inside < 12
+    cells = [each for each in records if each["kind"] == "passkey.cell"]
+    assert [(c["depth_low"], c["depth_high"], c["in_window"], c["n_trials"]) for c in cells] == [
+        (0, 1, None, 12),
+        (0, 1, True, n_inside),
+        (0, 1, False, 12 - n_inside),
+        (0, 0.5, None, 6),
+        (0.5, 1, None, 6),
+    ]
+
+
+# --- distances
+
+
+def test_a_key_can_be_told_at_a_distance_from_the_end_exactly(head_32: TinyModel) -> None:
+    distances = (150, 161, 400)
+    trials = trials_of(head_32, lengths=(700, 701), n_trials=6, distances=distances)
+    assert sorted({(trial.length, trial.distance) for trial in trials}) == [
+        (length, distance) for length in (700, 701) for distance in distances
+    ]
+    for trial in trials:
+        text = text_of(head_32, trial)
+        behind = vocabulary_of(head_32.path).detokenize(trial.tokens()[-trial.distance :], False, True).decode()
+        assert text.removesuffix(behind).endswith(f" {trial.asked.key} is the pass key.")
+        n_filler = sum(needle.n_before for needle in trial.needles)
+        assert trial.asked.depth == pytest.approx(n_filler / len(trial.filler))
+
+
+def test_a_distance_that_a_length_has_not_is_refused(head_32: TinyModel) -> None:
+    for distance in (10, 690):
+        with pytest.raises(ConfigError, match=f"distances: in a prompt of 700 tokens .* not {distance}"):
+            trials_of(head_32, lengths=(700,), distances=(distance,))
+
+
+def test_distances_have_cells_of_their_own(head_32: TinyModel, tmp_path: Path) -> None:
+    settings = settings_for(head_32, ("endless",), distances=(80, 250))
+    measured(settings, tmp_path / "passkey.jsonl")
+    cells = [each for each in read_results(tmp_path / "passkey.jsonl") if each["kind"] == "passkey.cell"]
+    found = {(c["length"], c["distance"]): c["n_trials"] for c in cells if c["distance"] is not None}
+    assert found == {(length, distance): 2 for length in (400, 700) for distance in (80, 250)}
+    whole = {(c["length"], c["in_window"]): c["n_trials"] for c in cells if c["distance"] is None}
+    assert whole == {(length, window): n for length in (400, 700) for window, n in ((None, 4), (True, 2), (False, 2))}
 
 
 # --- what counts as found
@@ -188,9 +277,10 @@ def test_all_methods_answer_the_same_keys_in_turns(head_32: TinyModel, tmp_path:
     records = read_results(tmp_path / "passkey.jsonl")  # checks them against the schema
     trials = [each for each in records if each["kind"] == "passkey.trial"]
     passes = ["endless", "full", "shift", "truncate"]
-    assert [(each["trial"], each["method"]) for each in trials if each["length"] == 400] == [
-        (number, method) for number in range(4) for method in passes
-    ]
+    asked = [(each["depth"], each["trial"], each["method"]) for each in trials if each["length"] == 400]
+    assert [method for *_, method in asked] == 4 * passes
+    assert [number for _, number, _ in asked[::4]] == [number for _, number, _ in sorted(asked)[::4]]  # by depth
+    assert {number for _, number, _ in asked} == {0, 1, 2, 3}
     assert {each["method"] for each in trials if each["length"] == 700} == {"endless", "shift", "truncate"}
     for number in range(4):
         same = {(each["key"], each["depth"], each["distance"]) for each in trials if each["trial"] == number}
@@ -201,7 +291,7 @@ def test_all_methods_answer_the_same_keys_in_turns(head_32: TinyModel, tmp_path:
 def test_a_method_answers_what_its_model_answers(head_32: TinyModel) -> None:
     settings = settings_for(head_32, lengths=(400,), truncate=True)
     trials = [each for each in measured(settings) if each["kind"] == "passkey.trial"]
-    prompts = [trial.tokens() for trial in trials_of(head_32, lengths=(400,))]
+    prompts = {trial.trial: trial.tokens() for trial in trials_of(head_32, lengths=(400,))}
     common: dict[str, Any] = {"n_threads": 1, "n_ubatch": 32}
     with (
         Llama(head_32.path, n_ctx=512, **common) as plain_llama,
@@ -212,7 +302,7 @@ def test_a_method_answers_what_its_model_answers(head_32: TinyModel) -> None:
             ("truncate", plain_llama, 160),
             ("endless", endless, 400),
         ):
-            for number, prompt in enumerate(prompts):
+            for number, prompt in prompts.items():
                 llm.reset()
                 text = "".join(step.text for step in llm.generate(prompt[-n_seen:], max_tokens=4, temperature=0))
                 (answer,) = [e["answer"] for e in trials if (e["method"], e["trial"]) == (method, number)]
@@ -230,6 +320,7 @@ def test_cells_count_the_trials_of_their_lengths_windows_and_depths(head_32: Tin
             "length": 700,
             "trial": number,
             "depth": depth,
+            "distance": 0,
             "in_window": inside,
             "exact": exact,
             "digits": True,
@@ -285,8 +376,9 @@ def test_progress_counts_all_tokens(head_32: TinyModel, tmp_path: Path) -> None:
 
 
 def test_settings_come_back_from_a_record(head_32: TinyModel) -> None:
-    settings = settings_for(head_32, depths=(0.25, 0.75))
-    assert settings_from(PasskeySettings, json.loads(json.dumps(plain(asdict(settings))))) == settings
+    for places in ({"depths": (0.25, 0.75)}, {"distances": (100, 200)}, {"n_needles": 4}):
+        settings = settings_for(head_32, **places)
+        assert settings_from(PasskeySettings, json.loads(json.dumps(plain(asdict(settings))))) == settings
 
 
 # --- the command
@@ -316,12 +408,28 @@ def test_the_command_s_json_is_its_records(head_32: TinyModel, tmp_path: Path) -
     assert [each["kind"] for each in read_results(path)][:2] == ["run", "passkey.trial"]
 
 
+def test_the_command_asks_for_several_keys_and_at_distances(tmp_path: Path) -> None:
+    model = write_tiny_model(tmp_path / "six-layers.gguf", TinyShape(n_layer=6), seed=0)
+    common = ("--lengths", "700", "--trials", "2", "--methods", "middle", "--store-path", str(tmp_path / "store"))
+    finished = run(*command(model, *common, "--needles", "3"))
+    assert finished.returncode == 0, finished.stderr
+    assert "middle, f16" in finished.stdout
+    assert (tmp_path / "store").stat().st_size > 0
+    finished = run(*command(model, *common, "--distances", "100,250"))
+    assert finished.returncode == 0, finished.stderr
+    for expected in ("by distance", "100", "250"):
+        assert expected in finished.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (("--lengths", "many"), "--lengths many"),
         (("--lengths", "50"), "no room for the key"),
         (("--depths", "half"), "--depths half"),
+        (("--distances", "far"), "--distances far"),
+        (("--needles", "2", "--depths", "0.5"), "n_needles"),
+        (("--store-path", "store", "--cache-types", "f16,q8_0"), "one type of cache"),
     ],
 )
 def test_wrong_usage_ends_with_2(head_32: TinyModel, arguments: tuple[str, ...], said: str) -> None:

@@ -251,6 +251,13 @@ def test_the_heat_map_shows_where_the_window_begins(tmp_path: Path) -> None:
     assert len(endless.texts) == 20
 
 
+def test_keys_at_distances_are_no_part_of_the_heat_map(tmp_path: Path) -> None:
+    path = sample.written(tmp_path / "p.jsonl", sample.passkey_at_distances())
+    result = plot(path, "--output-dir", tmp_path, "--format", "svg")
+    assert result.exit_code == 0, result.output
+    assert {file.name for file in tmp_path.glob("*.svg")} == {"p-passkey-accuracy.svg"}
+
+
 def test_depth_zero_has_its_place_on_the_axis(tmp_path: Path) -> None:
     axes = drawn(decode_speed, a_run(tmp_path, sample.bench())).figure.axes[0]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "4k", "16k", "32k", "128k", "1M"]

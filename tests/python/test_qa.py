@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import signal
 import time
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import pytest
 from command_line import run, start
 from lminf_edge import ConfigError, Llama, LMInfError
 from lminf_edge.evaluation.answer_f1 import answer_f1, is_exact, normalised
+from lminf_edge.evaluation.answering import ask_all
 from lminf_edge.evaluation.methods import MethodSetup
 from lminf_edge.evaluation.question_answering import (
     QaSettings,
@@ -80,9 +80,9 @@ def settings_for(
     return QaSettings(setup=setup, **{**values, **others})
 
 
-def prompts_of(model: TinyModel, **settings: Any) -> Iterator[QuestionPrompt]:
-    for group in prepare_questions(settings_for(model, **settings), vocabulary_of(model.path)):
-        yield from group
+def prompts_of(model: TinyModel, **settings: Any) -> list[QuestionPrompt]:
+    groups = prepare_questions(settings_for(model, **settings), vocabulary_of(model.path))
+    return [prompt for group in groups for prompt in group]
 
 
 def text_of(model: TinyModel, prompt: QuestionPrompt) -> str:
@@ -208,8 +208,10 @@ def test_an_empty_file_is_refused(tmp_path: Path) -> None:
 def test_a_prompt_is_exactly_as_long_as_it_should_be_with_its_passage_at_its_depth(
     head_32: TinyModel, filler: Path
 ) -> None:
-    prompts = list(prompts_of(head_32, filler=filler, n_questions=10))
-    assert [prompt.depth for prompt in prompts] == [0.0, 0.25, 0.5, 0.75, 1.0] * 4
+    prompts = prompts_of(head_32, filler=filler, n_questions=10)
+    assert [prompt.depth for prompt in prompts] == [0, 0, 0.25, 0.25, 0.5, 0.5, 0.75, 0.75, 1, 1] * 2
+    ids = [question.id for question in own_questions()]
+    assert all(ids.index(prompt.question.id) % 5 == (prompt.depth or 0) * 4 for prompt in prompts)
     assert [prompt.length for prompt in prompts] == [1500] * 10 + [2500] * 10
     for prompt in prompts:
         tokens, passage = prompt.tokens().tolist(), prompt.passage.tolist()
@@ -221,6 +223,14 @@ def test_a_prompt_is_exactly_as_long_as_it_should_be_with_its_passage_at_its_dep
         for n_window in (1000, len(tokens) - begin, len(tokens) - begin + 1):
             assert prompt.in_window(n_window) is (len(tokens) - begin < n_window)
         assert prompt.question.context in text_of(head_32, prompt)
+
+
+def test_prompts_of_one_length_and_depth_begin_alike(head_32: TinyModel, filler: Path) -> None:
+    first, other = prompts_of(head_32, filler=filler, lengths=(2500,), n_questions=10, depths=(0.75,))[:2]
+    n_before = len(first.before) + first.n_before
+    assert n_before > 500
+    assert first.question != other.question
+    assert first.tokens()[:n_before].tolist() == other.tokens()[:n_before].tolist()
 
 
 def test_a_prompt_goes_through_the_chat_template(head_32: TinyModel) -> None:
@@ -253,7 +263,7 @@ def test_a_model_without_a_chat_template_gets_a_plain_prompt(
 
 def test_a_length_without_room_for_a_question_is_refused(head_32: TinyModel, filler: Path) -> None:
     with pytest.raises(ConfigError, match="lengths: 100 tokens have no room for question persuasion-01"):
-        list(prompts_of(head_32, filler=filler, lengths=(100,)))
+        prompts_of(head_32, filler=filler, lengths=(100,))
 
 
 def test_another_text_than_the_settings_say_is_refused(head_32: TinyModel, filler: Path, file: Path) -> None:
@@ -308,6 +318,18 @@ def test_texts_of_a_file_are_taken_as_they_come(head_32: TinyModel, file: Path, 
     assert sum(each["n_questions"] for each in cells) == len(answers) == 7
     assert {(each["length_low"], each["length_high"]) for each in cells} == {(128, 255), (256, 511)}
     assert settings_from(QaSettings, json.loads(json.dumps(plain(asdict(settings))))) == settings
+
+
+def test_a_text_is_read_once_for_all_questions_about_it(head_32: TinyModel, tmp_path: Path) -> None:
+    file = tmp_path / "questions.jsonl"
+    text = "Anna lives in Lisbon. She bakes bread. " * 12
+    asked = ("Where does Anna live?", "Who bakes?", "What does she bake?")
+    lines = [{"context": text, "question": question, "answers": ["Lisbon"]} for question in asked]
+    file.write_text("\n".join(map(json.dumps, lines)))
+    prompts = prompts_of(head_32, file=file)
+    answers = ask_all(settings_for(head_32, file=file), [prompts], lambda *_: False, lambda *_: None, one_line=True)
+    n_text = prompts[0].n_tokens - prompts[0].n_question
+    assert [answer.n_kept for *_, answer in answers] == [n_text, n_text, n_text, n_text, 0, 0]  # two methods in turns
 
 
 def test_cells_have_the_mean_f1_of_their_questions(head_32: TinyModel, filler: Path) -> None:

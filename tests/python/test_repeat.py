@@ -11,6 +11,7 @@ import pytest
 
 from lminf_edge.errors import ConfigError, LMInfError
 from lminf_edge.evaluation.methods import MethodSetup
+from lminf_edge.evaluation.passkey import PasskeySettings, run_passkey
 from lminf_edge.evaluation.perplexity import PplSettings, run_ppl, text_identity
 from lminf_edge.evaluation.results import ResultLog, read_results
 from lminf_edge.evaluation.tasks import compare, settings_of
@@ -142,6 +143,29 @@ def test_only_tasks_that_read_a_text_can_be_given_one(recorded: Path) -> None:
     assert settings_of(bench).depths == (0,)
     with pytest.raises(ConfigError, match="text: a run of bench reads none"):
         settings_of(bench, text=Path("text.txt"))
+
+
+def test_a_run_with_several_keys_or_distances_comes_out_the_same(head_32: TinyModel, tmp_path: Path) -> None:
+    setup = MethodSetup(
+        model=str(head_32.path),
+        methods=("endless",),
+        cache_types=("f16",),
+        n_sink=2,
+        n_window=160,
+        n_threads=1,
+        n_ubatch=32,
+    )
+    for name, others in (("needles", {"n_needles": 2}), ("distances", {"distances": (90, 300)})):
+        settings = PasskeySettings(
+            setup=setup, full_tokens=800, lengths=(700,), n_trials=2, n_bins=2, max_tokens=2, **others
+        )
+        with ResultLog(tmp_path / name) as log:
+            run_passkey(settings, log)
+        finished = repeat(tmp_path / name, "--json")
+        assert finished.exit_code == 0, finished.output
+        figures = json.loads(finished.output)["figures"]
+        assert len(figures) == len(read_results(tmp_path / name)) - 1 - len(log.of_kind("passkey.trial"))
+        assert {figure["place"].get("distance") for figure in figures} - {None} == set(settings.distances)
 
 
 def test_figures_are_matched_by_method_cache_and_place() -> None:

@@ -218,6 +218,15 @@ def test_keys_inside_and_outside_the_window_stand_apart(tmp_path: Path) -> None:
     assert re.fullmatch(r"\d+ \(\d+ to \d+\), n = 30", found.rows[0][2])
 
 
+def test_keys_at_distances_have_a_table(tmp_path: Path) -> None:
+    found = table(sample.passkey_at_distances(), tmp_path, "Passkeys found by distance and length, per cent")
+    assert found.header == ("distance", "2k", "8k")
+    assert [row[0] for row in found.rows] == ["960 tokens", "1,024 tokens", "1,088 tokens"]
+    assert [row[1].partition(" ")[0] for row in found.rows] == ["100", "0", "0"]
+    with pytest.raises(ValueError, match="not enough values"):
+        table(sample.passkey_at_distances(), tmp_path, "Passkeys found by depth")
+
+
 def test_stalls_have_names_and_ratios(tmp_path: Path) -> None:
     found = table(sample.bench(("shift",), ("f16",)), tmp_path, "Times of single tokens")
     (row,) = found.rows

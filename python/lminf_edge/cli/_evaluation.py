@@ -6,15 +6,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from lminf_edge.cli._options import Window
+from lminf_edge.cli._terminal import find_model
 from lminf_edge.config import LMInfConfig
 from lminf_edge.errors import ConfigError
+from lminf_edge.evaluation.answering import AnsweringSettings
 from lminf_edge.evaluation.methods import METHODS, N_UBATCH, WITHOUT_STORE, MethodSetup
 from lminf_edge.evaluation.results import ResultLog
+from lminf_edge.evaluation.texts import trained_length
+from lminf_edge.evaluation.token_source import vocabulary_of
 from lminf_edge.middle import MiddleConfig
 
 _MODEL, _METHODS, _OUTPUT = "Model", "Methods", "Output"
@@ -134,11 +138,42 @@ class MethodOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class AnsweringOptions(MethodOptions):
-    """The same for methods that answer questions: middle tokens are among them."""
+    """The same for methods that answer, middle tokens among them, and how they do that."""
 
     methods: Annotated[
         str, typer.Option(help=f"What is compared: some of {', '.join(METHODS)}.", rich_help_panel=_METHODS)
     ] = ",".join(METHODS)
+    seed: Annotated[int, typer.Option(min=0, help="Of all random choices.")] = AnsweringSettings.seed
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = AnsweringSettings.max_tokens
+    full_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Leave out longer prompts for full attention. Default: twice the trained length."),
+    ] = None
+    truncate: Annotated[
+        bool,
+        typer.Option("--truncate", help="Add a control: full attention that gets the last window of each prompt only."),
+    ] = AnsweringSettings.truncate
+
+    def settings(self) -> dict[str, Any]:
+        """The arguments of `AnsweringSettings` that these options stand for.
+
+        Raises:
+            LMInfError: The model cannot be found, or a value is out of range.
+        """
+        path = find_model(self.model)
+        n_ctx_train = trained_length(vocabulary_of(path), path)
+        return {
+            "setup": self.setup(path, n_ctx_train),
+            "full_tokens": 2 * n_ctx_train if self.full_tokens is None else self.full_tokens,
+            "truncate": self.truncate,
+            "max_tokens": self.max_tokens,
+            "seed": self.seed,
+        }
+
+
+def absolute(path: str | None) -> str | None:
+    """A path that is the same from every folder."""
+    return None if path is None else str(Path(path).resolve())
 
 
 def names(text: str) -> tuple[str, ...]:

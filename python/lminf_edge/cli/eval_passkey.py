@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
 from rich.table import Table
 
 from lminf_edge.cli._answers import INSIDE, OUTSIDE, add_counts, fractions, rows_by_length, say_what_is_left_out, share
-from lminf_edge.cli._evaluation import AnsweringOptions, Output, numbers, result_log
+from lminf_edge.cli._evaluation import AnsweringOptions, Output, absolute, numbers, result_log
 from lminf_edge.cli._options import AsJson, with_option_groups
-from lminf_edge.cli._terminal import counting_bar, find_model, output, with_exit_codes
+from lminf_edge.cli._terminal import counting_bar, output, with_exit_codes
 from lminf_edge.evaluation.passkey import PasskeySettings, run_passkey
 from lminf_edge.evaluation.results import Record, ResultLog, file_sha256
-from lminf_edge.evaluation.texts import trained_length
-from lminf_edge.evaluation.token_source import vocabulary_of
 
 
 @with_exit_codes
@@ -23,25 +21,22 @@ from lminf_edge.evaluation.token_source import vocabulary_of
 def eval_passkey(
     *,
     lengths: Annotated[str, typer.Option(help="Lengths of the prompts in tokens, such as 2k,4k,32k.")] = "2k,4k,8k",
-    trials: Annotated[int, typer.Option(min=1, help="Keys at each length.")] = 10,
+    trials: Annotated[int, typer.Option(min=1, help="Texts of each length.")] = 10,
+    needles: Annotated[
+        int, typer.Option(min=1, help="Keys that each text tells, all of which are asked for.", metavar="N")
+    ] = 1,
     bins: Annotated[int, typer.Option(min=1, help="Parts of the text that get as many keys each.")] = 5,
     depths: Annotated[
         str | None,
         typer.Option(help="Fixed depths instead of random ones, such as 0,0.5,1: shares of the text before the key."),
     ] = None,
+    distances: Annotated[
+        str | None,
+        typer.Option(help="Fixed distances instead, such as 960,1024,1088: tokens from the key to the prompt's end."),
+    ] = None,
     filler: Annotated[
         str | None, typer.Option(help="Text file to hide the keys in. Default: sentences about grass, sky and sun.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of keys and depths.")] = 0,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 16,
-    full_tokens: Annotated[
-        int | None,
-        typer.Option(min=1, help="Leave out longer texts for full attention. Default: twice the trained length."),
-    ] = None,
-    truncate: Annotated[
-        bool,
-        typer.Option("--truncate", help="Add a control: full attention that gets the last window of each prompt only."),
-    ] = False,
     results: Output = None,
     as_json: AsJson = False,
     methods: AnsweringOptions,
@@ -50,19 +45,15 @@ def eval_passkey(
 
     With --output, a run that was stopped goes on when it is started again.
     """
-    path = find_model(methods.model)
-    n_ctx_train = trained_length(vocabulary_of(path), path)
     settings = PasskeySettings(
-        setup=methods.setup(path, n_ctx_train),
-        full_tokens=2 * n_ctx_train if full_tokens is None else full_tokens,
-        truncate=truncate,
-        max_tokens=max_tokens,
-        seed=seed,
+        **methods.settings(),
         lengths=numbers("--lengths", lengths),
         n_trials=trials,
         n_bins=bins,
         depths=fractions("--depths", depths),
-        filler=None if filler is None else str(Path(filler).resolve()),
+        distances=() if distances is None else numbers("--distances", distances),
+        n_needles=needles,
+        filler=absolute(filler),
         filler_sha256=None if filler is None else file_sha256(filler),
     )
     say_what_is_left_out(settings, settings.lengths)
@@ -74,12 +65,15 @@ def eval_passkey(
 
 
 def show_passkey(log: ResultLog) -> None:
-    """Tables of a run: accuracy by window, and by depth."""
+    """Tables of a run: accuracy by window, and by depth or distance."""
     cells = log.of_kind("passkey.cell")
     whole = [cell for cell in cells if (cell["depth_low"], cell["depth_high"]) == (0, 1)]
     output.print(_by_window(whole))
-    if parts := [cell for cell in cells if cell not in whole]:
-        output.print(_by_depth(parts))
+    parts = [cell for cell in cells if cell not in whole]
+    if by_depth := [cell for cell in parts if cell.get("distance") is None]:
+        output.print(_by_place("The same by depth of the key: share of the text before it", by_depth, _depth))
+    if by_distance := [cell for cell in parts if cell.get("distance") is not None]:
+        output.print(_by_place("The same by distance of the key: tokens behind it", by_distance, _distance))
 
 
 def _by_window(cells: list[Record]) -> Table:
@@ -99,18 +93,26 @@ def _by_window(cells: list[Record]) -> Table:
     return table
 
 
-def _by_depth(cells: list[Record]) -> Table:
-    table = Table(title="The same by depth of the key: share of the text before it", title_justify="left")
+def _by_place(title: str, cells: list[Record], place: Callable[[Record], tuple[float, str]]) -> Table:
+    table = Table(title=title, title_justify="left")
     table.add_column("tokens", justify="right")
     table.add_column("method")
-    depths = sorted({(cell["depth_low"], cell["depth_high"]) for cell in cells})
-    for low, high in depths:
-        where = f"{100 * low:.0f}" if low == high else f"{100 * low:.0f}-{100 * high:.0f}"
-        table.add_column(f"{where} %", justify="right")
+    places = sorted({place(cell) for cell in cells})
+    for _, words in places:
+        table.add_column(words, justify="right")
     for length, group in rows_by_length(cells):
         for name, part in group:
-            by_depth = {(cell["depth_low"], cell["depth_high"]): cell for cell in part}
-            shown = [f"{100 * by_depth[depth]['exact']['mean']:.0f} %" if depth in by_depth else "" for depth in depths]
+            found = {place(cell): cell for cell in part}
+            shown = [f"{100 * found[each]['exact']['mean']:.0f} %" if each in found else "" for each in places]
             table.add_row(length, name, *shown)
         table.add_section()
     return table
+
+
+def _depth(cell: Record) -> tuple[float, str]:
+    low, high = cell["depth_low"], cell["depth_high"]
+    return low, f"{100 * low:.0f} %" if low == high else f"{100 * low:.0f}-{100 * high:.0f} %"
+
+
+def _distance(cell: Record) -> tuple[float, str]:
+    return cell["distance"], f"{cell['distance']:,}"

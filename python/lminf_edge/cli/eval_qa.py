@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Annotated
 
 import typer
@@ -18,16 +18,19 @@ from lminf_edge.cli._answers import (
     say_what_is_left_out,
     say_what_was_left_out,
 )
-from lminf_edge.cli._evaluation import AnsweringOptions, Output, numbers, result_log
+from lminf_edge.cli._evaluation import AnsweringOptions, Output, absolute, numbers, result_log
 from lminf_edge.cli._options import AsJson, with_option_groups
-from lminf_edge.cli._terminal import counting_bar, find_model, output, with_exit_codes
+from lminf_edge.cli._terminal import counting_bar, output, with_exit_codes
 from lminf_edge.errors import ConfigError
 from lminf_edge.evaluation.question_answering import QaSettings, filler_sha256, questions_sha256, run_qa
 from lminf_edge.evaluation.results import ResultLog
-from lminf_edge.evaluation.texts import trained_length
-from lminf_edge.evaluation.token_source import vocabulary_of
 
 _LENGTHS = "512,2k"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _QaOptions(AnsweringOptions):
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 32
 
 
 @with_exit_codes
@@ -55,19 +58,9 @@ def eval_qa(
         str | None, typer.Option(help="Text file to put passages into. Default: Python's documentation.")
     ] = None,
     questions: Annotated[int | None, typer.Option(min=1, help="Ask the first ones only. Default: all.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of where the filler begins.")] = 0,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 32,
-    full_tokens: Annotated[
-        int | None,
-        typer.Option(min=1, help="Leave out longer prompts for full attention. Default: twice the trained length."),
-    ] = None,
-    truncate: Annotated[
-        bool,
-        typer.Option("--truncate", help="Add a control: full attention that gets the last window of each prompt only."),
-    ] = False,
     results: Output = None,
     as_json: AsJson = False,
-    methods: AnsweringOptions,
+    methods: _QaOptions,
 ) -> None:
     """Question answering: F1 of short answers by length, of several methods on the same questions.
 
@@ -75,19 +68,13 @@ def eval_qa(
     """
     if file is not None and lengths is not None:
         raise ConfigError("--lengths: the texts of a file are taken as they are")
-    path = find_model(methods.model)
-    n_ctx_train = trained_length(vocabulary_of(path), path)
     settings = QaSettings(
-        setup=methods.setup(path, n_ctx_train),
-        full_tokens=2 * n_ctx_train if full_tokens is None else full_tokens,
-        truncate=truncate,
-        max_tokens=max_tokens,
-        seed=seed,
-        text=None if file is None else str(Path(file).resolve()),
+        **methods.settings(),
+        text=absolute(file),
         text_sha256=questions_sha256(file),
         lengths=() if file is not None else numbers("--lengths", _LENGTHS if lengths is None else lengths),
         depths=fractions("--depths", depths),
-        filler=None if filler is None else str(Path(filler).resolve()),
+        filler=absolute(filler),
         filler_sha256=None if file is not None else filler_sha256(filler),
         n_questions=questions,
     )

@@ -1,26 +1,25 @@
-"""Prompts that several methods answer one after the other, each with a new sequence and the most probable tokens."""
+"""Prompts that several methods answer one after the other, with the most probable tokens."""
 
 from __future__ import annotations
 
 import random
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Generic, TypeVar
 
 from lminf_edge._checks import check_bool, check_float, check_int
 from lminf_edge.errors import ConfigError, LMInfError
 from lminf_edge.evaluation.methods import MethodSetup, Pass
-from lminf_edge.evaluation.reader import ReaderOptions, StreamReader, has_store
-from lminf_edge.llama import Llama
+from lminf_edge.evaluation.prompts import Answer, Prompt, Shared, answer_prompt, n_shared
+from lminf_edge.evaluation.reader import ReaderOptions, StreamReader
+from lminf_edge.evaluation.results import Record, ResultLog, begin_or_resume, identify_model, run_record
 from lminf_edge.tokens import TokenArray
 
 TRUNCATE = "truncate"
 """A control: full attention, which gets no more than the last n_window tokens of a prompt."""
-
-_N_PIECE = 2048
-"""Tokens that are read between two messages."""
 
 Progress = Callable[[int, int | None], object]
 """Called with the tokens read so far, and those in all."""
@@ -66,6 +65,15 @@ class AnsweringSettings:
         """Tokens that a pass reads of a prompt: its last ones."""
         return min(n_prompt, self.setup.n_window) if of.method == TRUNCATE else n_prompt
 
+    def tokens(self, of: Pass, prompt: Prompt) -> TokenArray:
+        """What a pass reads of a prompt, int32 [n_read]."""
+        return prompt.tokens()[-self.n_read(of, prompt.n_tokens) :]
+
+    def n_shared(self, of: Pass, prompt: Prompt, following: Prompt) -> int:
+        """Tokens that a pass reads once for a prompt and the next one."""
+        n_questions = prompt.n_question, following.n_question
+        return n_shared(self.tokens(of, prompt), self.tokens(of, following), n_questions, self.setup.n_ubatch)
+
     def options(self, of: Pass, n_prompt: int) -> ReaderOptions:
         """How the model is opened for prompts of at most so many tokens."""
         n_tokens = self.n_read(of, n_prompt) + self.max_tokens
@@ -78,35 +86,79 @@ def _holds_all(of: Pass, options: ReaderOptions) -> bool:
     return of.method != TRUNCATE and options.lminf is None and options.n_keep is None
 
 
-class Prompt(Protocol):
-    """Something to answer."""
-
-    @property
-    def n_tokens(self) -> int:
-        """Its length."""
-
-    @property
-    def n_question(self) -> int:
-        """Tokens at its end that ask: those that recall, where a method does."""
-
-    def tokens(self) -> TokenArray:
-        """Its token ids, int32 [n_tokens]."""
+_P = TypeVar("_P", bound=Prompt)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answer:
-    """What a model made of a prompt.
+class AnsweringTask(Generic[_P]):
+    """What a task makes of answers.
 
     Attributes:
-        text: The answer's text.
-        seconds: Time that reading and answering took.
+        name: Of the run record.
+        kind: Kind of the records of answers.
+        one_line: An answer ends with its line.
+        judged: Fields of an answer's record that this task alone has, by prompt and answer.
+        cells: Summaries of all records of answers, in an order that depends on the settings alone.
     """
 
-    text: str
-    seconds: float
+    name: str
+    kind: str
+    one_line: bool
+    judged: Callable[[_P, str], Record]
+    cells: Callable[[Sequence[Record]], Iterator[Record]]
 
 
-_P = TypeVar("_P", bound=Prompt)
+def run_answering(
+    task: AnsweringTask[_P],
+    settings: AnsweringSettings,
+    groups: Sequence[Sequence[_P]],
+    log: ResultLog,
+    on_progress: Progress | None,
+) -> None:
+    """Asks every method the same and writes what they answer to the log, but for what that holds already.
+
+    Args:
+        task: What is made of the answers.
+        settings: Who is asked.
+        groups: What is asked: see `ask_all`.
+        log: Where the records go.
+        on_progress: Watches.
+
+    Raises:
+        LMInfError: A model cannot be read or cannot compute, or the log holds another run.
+    """
+
+    def identity(of: Pass, fields: Mapping[str, Any], names: Iterable[str]) -> tuple[Any, ...]:
+        return of, *(fields.get(name) for name in names)
+
+    begin_or_resume(log, run_record(task.name, settings, identify_model(settings.setup.model)))
+    names = next((list(prompt.identity) for group in groups for prompt in group), [])
+    done = {identity(pass_of(record), record, names) for record in log.of_kind(task.kind)}
+    answers = ask_all(
+        settings,
+        groups,
+        lambda of, prompt: identity(of, prompt.identity, names) in done,
+        on_progress or (lambda _done, _all: None),
+        one_line=task.one_line,
+    )
+    for of, prompt, answer in answers:
+        log.add(
+            task.kind,
+            **asdict(of),
+            **prompt.identity,
+            **task.judged(prompt, answer.text),
+            answer=answer.text,
+            n_tokens=prompt.n_tokens,
+            in_window=prompt.in_window(settings.setup.n_window),
+            seconds=answer.seconds,
+        )
+    for cell in list(task.cells(log.of_kind(task.kind)))[len(log.of_kind(f"{task.name}.cell")) :]:
+        log.write(cell)
+
+
+def pass_of(record: Record) -> Pass:
+    """Whose answer it is."""
+    return Pass(method=record["method"], cache_type=record["cache_type"])
 
 
 def ask_all(
@@ -119,11 +171,14 @@ def ask_all(
 ) -> Iterator[tuple[Pass, _P, Answer]]:
     """Lets every pass answer every prompt that it takes: all passes a prompt, then the next one.
 
+    What a prompt and the next one of a group have in common is read once, if it is long. So prompts that begin alike
+    should be neighbours, and those that part earlier should come first.
+
     Args:
         settings: Who answers.
         groups: Prompts. The models are opened anew for each group, with contexts as long as its longest prompt needs.
         is_answered: Tells what need not be asked any more.
-        on_progress: Watches.
+        on_progress: Watches. What need not be read counts as read.
         one_line: An answer ends with its line.
 
     Raises:
@@ -140,51 +195,26 @@ def ask_all(
     for group in open_work:
         n_longest = max((prompt.n_tokens for _, prompt in group), default=0)
         with ExitStack() as stack:
+            folder = Path(stack.enter_context(TemporaryDirectory(prefix="lminf-edge-")))
             readers: dict[Pass, StreamReader] = {}
-            for of, prompt in group:
+            n_kept: dict[Pass, int] = {}
+            for index, (of, prompt) in enumerate(group):
                 if of not in readers:
                     readers[of] = stack.enter_context(StreamReader(settings.options(of, n_longest)))
-                tokens = prompt.tokens()[-settings.n_read(of, prompt.n_tokens) :]
-                asked = (prompt.n_question, settings.max_tokens, one_line)
-                for message in readers[of].run(answer_prompt, tokens, *asked):
+                following = next((later for by, later in group[index + 1 :] if by == of), None)
+                shared = Shared(
+                    n_kept=n_kept.get(of, 0),
+                    n_next=0 if following is None else settings.n_shared(of, prompt, following),
+                    state=folder / f"{of.name}.state",
+                )
+                asked = (prompt.n_question, settings.max_tokens, one_line, shared)
+                for message in readers[of].run(answer_prompt, settings.tokens(of, prompt), *asked):
                     if isinstance(message, Answer):
+                        n_kept[of] = message.n_kept
                         yield of, prompt, message
                     else:
                         n_done += message
                         on_progress(n_done, n_all)
-
-
-def answer_prompt(
-    llm: Llama, tokens: TokenArray, n_question: int, max_tokens: int, one_line: bool
-) -> Iterator[int | Answer]:
-    """Reads a prompt with a new sequence and takes the most probable token again and again.
-
-    Args:
-        llm: The model.
-        tokens: The prompt, int32 [n], n at least 1.
-        n_question: Its last tokens, which recall middle tokens with the answer if the model stores any.
-        max_tokens: Tokens of the answer at most.
-        one_line: Stop behind the first line that is not empty.
-
-    Yields:
-        How many tokens of the prompt were read since the last time; at the end the answer.
-    """
-    start = time.perf_counter()
-    llm.reset()
-    recall = has_store(llm)
-    n_plain = max(0, len(tokens) - (n_question if recall else 1))
-    for begin in range(0, n_plain, _N_PIECE):
-        piece = tokens[begin : min(begin + _N_PIECE, n_plain)]
-        list(llm.generate(piece, max_tokens=0))
-        yield len(piece)
-    text = ""
-    for step in llm.generate(tokens[n_plain:], max_tokens=max_tokens, temperature=0, recall=recall):
-        text += step.text
-        if one_line and "\n" in text.lstrip():
-            break
-    text = text.strip()
-    yield len(tokens) - n_plain
-    yield Answer(text=text.partition("\n")[0].rstrip() if one_line else text, seconds=time.perf_counter() - start)
 
 
 def seeded(*parts: object) -> random.Random:
@@ -200,12 +230,12 @@ def check_depths(depths: Sequence[float]) -> None:
         raise ConfigError(f"depths = {', '.join(map(str, depths))}: one is there twice")
 
 
-def check_lengths(lengths: Sequence[int]) -> None:
+def check_counts(name: str, counts: Sequence[int]) -> None:
     """Raises ConfigError unless these are different numbers of tokens."""
-    for length in lengths:
-        check_int("lengths", length, 1)
-    if len(set(lengths)) < len(lengths):
-        raise ConfigError(f"lengths = {', '.join(map(str, lengths))}: one is there twice")
+    for count in counts:
+        check_int(name, count, 1)
+    if len(set(counts)) < len(counts):
+        raise ConfigError(f"{name} = {', '.join(map(str, counts))}: one is there twice")
 
 
 def check_same(name: str, found: str, wanted: str | None) -> None:

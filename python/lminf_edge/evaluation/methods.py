@@ -89,6 +89,8 @@ class MethodSetup:
         check_names("methods", self.methods, tuple(METHODS))
         check_names("cache_types", self.cache_types, None)
         check_optional_int("n_shift", self.n_shift, 1)
+        if self.middle.path is not None and "middle" in self.methods and len(self.cache_types) > 1:
+            raise ConfigError("middle.path: a file is the store of one type of cache: name one type, or no file")
         self.config()
 
     def passes(self) -> list[Pass]:

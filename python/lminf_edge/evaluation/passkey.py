@@ -1,4 +1,4 @@
-"""The passkey task: a number is told somewhere in a long text that says nothing else, and asked for at its end.
+"""The passkey task: numbers are told somewhere in a long text that says nothing else, and one asked for at its end.
 
 Sources: Mohtashami and Jaggi, arXiv 2305.16300; Han et al., arXiv 2308.16137. The words are ours.
 """
@@ -9,44 +9,26 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
-import numpy as np
-
 from lminf_edge._checks import check_int
 from lminf_edge._library import _core
 from lminf_edge.errors import ConfigError
 from lminf_edge.evaluation.answering import (
     AnsweringSettings,
+    AnsweringTask,
     Progress,
-    ask_all,
+    check_counts,
     check_depths,
-    check_lengths,
     check_same,
+    pass_of,
+    run_answering,
     seeded,
 )
-from lminf_edge.evaluation.filler import Filler
 from lminf_edge.evaluation.methods import Pass
-from lminf_edge.evaluation.results import (
-    Record,
-    ResultLog,
-    begin_or_resume,
-    file_sha256,
-    identify_model,
-    run_record,
-)
+from lminf_edge.evaluation.passkey_prompts import GRASS, LOCKS, PasskeyFormat, PasskeyTrial, Secret
+from lminf_edge.evaluation.results import Record, ResultLog, file_sha256
 from lminf_edge.evaluation.statistics import share_interval
 from lminf_edge.evaluation.texts import text_file
 from lminf_edge.evaluation.token_source import vocabulary_of
-from lminf_edge.tokens import TokenArray
-
-GRASS = (
-    " The grass on the hill is green. The sky above it is blue. The sun is warm and moves slowly."
-    " One walks up, and one walks down again."
-)
-"""What the text consists of unless another one is named, over and over."""
-
-_TASK = "A pass key is told somewhere in a long text. Find it and keep it in mind: it is asked for at the end.\n\n"
-_TOLD = " The pass key is {key}. Do not forget it: {key} is the pass key."
-_QUESTION = "\n\nWhat is the pass key? The pass key is the number"
 
 _SEPARATED = re.compile(r"\d(?:[\s,.'_-]*\d)*")
 
@@ -57,9 +39,11 @@ class PasskeySettings(AnsweringSettings):
 
     Attributes:
         lengths: Lengths of prompts in tokens, with question and everything.
-        n_trials: Trials of each length: as many in each bin, or at each depth.
+        n_trials: Texts of each length: as many for each bin, depth or distance.
         n_bins: Equal parts of the text, in each of which depths are uniformly random.
         depths: Fixed depths instead: shares of the text that are before the key. Empty: random ones.
+        distances: Fixed distances instead: tokens from the end of what tells the key to the end of the prompt.
+        n_needles: Keys that each text tells, one in each of as many equal parts. It is asked for all of them.
         filler: Path of a text to hide the key in. None: `GRASS`.
         filler_sha256: What is in the file.
 
@@ -71,90 +55,41 @@ class PasskeySettings(AnsweringSettings):
     n_trials: int = 10
     n_bins: int = 5
     depths: tuple[float, ...] = ()
+    distances: tuple[int, ...] = ()
+    n_needles: int = 1
     filler: str | None = None
     filler_sha256: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_lengths(self.lengths)
+        check_counts("lengths", self.lengths)
         check_depths(self.depths)
+        check_counts("distances", self.distances)
         check_int("n_bins", self.n_bins, 1)
         check_int("n_trials", self.n_trials, 1)
-        if self.n_trials % len(self.bins()):
-            places = "depths" if self.depths else "bins"
+        check_int("n_needles", self.n_needles, 1, len(LOCKS))
+        if self.depths and self.distances:
+            raise ConfigError("depths and distances: a key has either")
+        if self.n_needles > 1 and (self.depths or self.distances):
+            raise ConfigError("n_needles: several keys are at random depths: leave out depths and distances")
+        n_places = len(self.distances or self.bins())
+        if self.n_needles == 1 and self.n_trials % n_places:
+            places = "distances" if self.distances else "depths" if self.depths else "bins"
             raise ConfigError(
-                f"n_trials = {self.n_trials}: must be a multiple of the {len(self.bins())} {places}, "
-                "so that all get as many"
+                f"n_trials = {self.n_trials}: must be a multiple of the {n_places} {places}, so that all get as many"
             )
 
     def bins(self) -> list[tuple[float, float]]:
-        """Lowest and highest depth of each bin; the same one twice for fixed depths."""
+        """Lowest and highest depth of each bin; the same one twice for fixed depths; none for distances."""
+        if self.distances:
+            return []
         if self.depths:
             return [(depth, depth) for depth in self.depths]
-        return [(number / self.n_bins, (number + 1) / self.n_bins) for number in range(self.n_bins)]
+        return _parts(self.n_bins)
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class PasskeyTrial:
-    """One prompt.
-
-    Attributes:
-        length: Its length in tokens.
-        trial: Number of the trial with this length.
-        depth: Share of the text that should be before the key.
-        key: Five digits.
-        before: Tokens before the filler.
-        told: Tokens that tell the key.
-        after: Tokens behind the filler.
-        filler: What the rest consists of.
-        first: First token of the filler.
-    """
-
-    length: int
-    trial: int
-    depth: float
-    key: str
-    before: TokenArray
-    told: TokenArray
-    after: TokenArray
-    filler: Filler
-    first: int
-
-    @property
-    def n_tokens(self) -> int:
-        """Length of the prompt."""
-        return self.length
-
-    @property
-    def n_question(self) -> int:
-        """Tokens that ask for the key."""
-        return len(self.after)
-
-    @property
-    def n_filler(self) -> int:
-        """Tokens of filler."""
-        return self.length - len(self.before) - len(self.told) - len(self.after)
-
-    @property
-    def n_before(self) -> int:
-        """Tokens of filler before the key."""
-        return self.filler.gap(self.n_filler, self.first, round(self.depth * self.n_filler))
-
-    @property
-    def distance(self) -> int:
-        """Tokens from the end of what tells the key to the end of the prompt."""
-        return self.n_filler - self.n_before + len(self.after)
-
-    def in_window(self, n_window: int) -> bool:
-        """Whether a local window at the prompt's end holds all that tells the key."""
-        return self.distance + len(self.told) < n_window
-
-    def tokens(self) -> TokenArray:
-        """The prompt, int32 [length]."""
-        filler = self.filler.part(self.n_filler, self.first)
-        return np.concatenate(
-            [self.before, filler[: self.n_before], self.told, filler[self.n_before :], self.after], dtype=np.int32
-        )
+def _parts(n: int) -> list[tuple[float, float]]:
+    return [(number / n, (number + 1) / n) for number in range(n)]
 
 
 def run_passkey(settings: PasskeySettings, log: ResultLog, on_progress: Progress | None = None) -> None:
@@ -170,82 +105,79 @@ def run_passkey(settings: PasskeySettings, log: ResultLog, on_progress: Progress
     Raises:
         LMInfError: A file cannot be read or is another one than it was, or the log holds another run.
     """
-    trials = prepare_trials(settings, vocabulary_of(settings.setup.model))
-    begin_or_resume(log, run_record("passkey", settings, identify_model(settings.setup.model)))
-    done = {_identity(record) for record in log.of_kind("passkey.trial")}
-    answers = ask_all(
-        settings,
-        trials,
-        lambda of, trial: (of.method, of.cache_type, trial.length, trial.trial) in done,
-        on_progress or (lambda _done, _all: None),
+
+    def judged(trial: PasskeyTrial, answer: str) -> Record:
+        asked = trial.asked
+        return {
+            "n_needles": len(trial.needles),
+            "lock": asked.lock,
+            "depth": asked.depth,
+            "distance": trial.distance,
+            "seed": settings.seed,
+            "key": asked.key,
+            "exact": is_exact(answer, asked.key),
+            "digits": has_digits(answer, asked.key),
+        }
+
+    task = AnsweringTask(
+        name="passkey",
+        kind="passkey.trial",
         one_line=False,
+        judged=judged,
+        cells=lambda trials: passkey_cells(settings, trials),
     )
-    for of, trial, answer in answers:
-        log.add(
-            "passkey.trial",
-            **asdict(of),
-            length=trial.length,
-            trial=trial.trial,
-            depth=trial.depth,
-            seed=settings.seed,
-            key=trial.key,
-            answer=answer.text,
-            exact=is_exact(answer.text, trial.key),
-            digits=has_digits(answer.text, trial.key),
-            n_tokens=trial.n_tokens,
-            distance=trial.distance,
-            in_window=trial.in_window(settings.setup.n_window),
-            seconds=answer.seconds,
-        )
-    cells = list(passkey_cells(settings, log.of_kind("passkey.trial")))
-    for cell in cells[len(log.of_kind("passkey.cell")) :]:
-        log.write(cell)
+    trials = prepare_trials(settings, vocabulary_of(settings.setup.model))
+    run_answering(task, settings, trials, log, on_progress)
 
 
 def prepare_trials(settings: PasskeySettings, vocabulary: _core.Model) -> list[list[PasskeyTrial]]:
-    """The trials of each length.
+    """The trials of each length, in ascending depths: all texts of a length begin alike, up to their first key.
 
     Args:
         settings: What is hidden where.
         vocabulary: The model, whose weights are not needed.
 
     Raises:
-        ConfigError: A length has no room for the key and the question.
+        ConfigError: A length has no room for the keys and the question, or none at a distance.
         LMInfError: The filler cannot be read, or is another one than it was.
     """
     if settings.filler is not None:
         check_same(settings.filler, file_sha256(settings.filler), settings.filler_sha256)
-    filler = Filler(vocabulary, GRASS if settings.filler is None else text_file(settings.filler))
-    before = vocabulary.tokenize(_TASK.encode(), True, False)
-    after = vocabulary.tokenize(_QUESTION.encode(), False, False)
-    trials: list[list[PasskeyTrial]] = []
+    form = PasskeyFormat(vocabulary, GRASS if settings.filler is None else text_file(settings.filler))
+    groups: list[list[PasskeyTrial]] = []
     for length in settings.lengths:
-        trials.append([])
-        for number in range(settings.n_trials):
-            random = seeded(settings.seed, length, number)
-            key = f"{10000 + int(90000 * random.random())}"
-            low, high = settings.bins()[number % len(settings.bins())]
-            depth = low + (high - low) * random.random()
-            told = vocabulary.tokenize(_TOLD.format(key=key).encode(), False, False)
-            first = int(filler.starts[int(random.random() * len(filler.starts))])
-            trial = PasskeyTrial(
-                length=length,
-                trial=number,
-                depth=depth,
-                key=key,
-                before=before,
-                told=told,
-                after=after,
-                filler=filler,
-                first=first,
-            )
-            if trial.n_filler < 0:
-                raise ConfigError(
-                    f"lengths: {length} tokens have no room for the key and the question, which take "
-                    f"{length - trial.n_filler}"
-                )
-            trials[-1].append(trial)
-    return trials
+        starts = form.filler.starts
+        first = int(starts[int(seeded(settings.seed, length).random() * len(starts))])
+        texts = [
+            form.trials(_secrets(settings, length, number), length=length, trial=number, first=first)
+            for number in range(settings.n_trials)
+        ]
+        texts.sort(key=lambda trials: trials[0].needles[0].n_before)
+        groups.append([trial for trials in texts for trial in trials])
+    return groups
+
+
+def _secrets(settings: PasskeySettings, length: int, number: int) -> list[Secret]:
+    """What the text of a trial tells."""
+    random = seeded(settings.seed, length, number)
+
+    def draw_key() -> str:
+        return f"{10000 + int(90000 * random.random())}"
+
+    if settings.distances:
+        distance = settings.distances[number % len(settings.distances)]
+        return [Secret(lock=None, key=draw_key(), distance=distance)]
+    if settings.n_needles == 1:
+        bins = settings.bins()
+        low, high = bins[number % len(bins)]
+        return [Secret(lock=None, key=draw_key(), depth=low + (high - low) * random.random())]
+    locks = sorted(LOCKS, key=lambda _: random.random())
+    secrets: dict[str, Secret] = {}
+    for lock, (low, high) in zip(locks, _parts(settings.n_needles), strict=False):
+        while (key := draw_key()) in secrets:
+            pass
+        secrets[key] = Secret(lock=lock, key=key, depth=low + (high - low) * random.random())
+    return list(secrets.values())
 
 
 def is_exact(answer: str, key: str) -> bool:
@@ -260,7 +192,7 @@ def has_digits(answer: str, key: str) -> bool:
 
 
 def passkey_cells(settings: PasskeySettings, trials: Sequence[Record]) -> Iterator[Record]:
-    """Accuracy of each pass at each length: by window, and by depth. Where nothing was asked there is no cell.
+    """Accuracy of each pass at each length: by window, and by depth or distance. Where nothing was asked is no cell.
 
     Args:
         settings: What was hidden where.
@@ -269,17 +201,26 @@ def passkey_cells(settings: PasskeySettings, trials: Sequence[Record]) -> Iterat
     bins = settings.bins()
     for of in settings.passes():
         for length in settings.lengths:
-            here = [each for each in trials if _identity(each)[:3] == (of.method, of.cache_type, length)]
+            here = [each for each in trials if pass_of(each) == of and each["length"] == length]
             for in_window in (None, True, False):
                 part = [each for each in here if in_window is None or each["in_window"] is in_window]
                 yield from _cell(of, length, (0.0, 1.0), in_window, part)
-            for number, depths in enumerate(bins if len(bins) > 1 else ()):
-                part = [each for each in here if each["trial"] % len(bins) == number]
-                yield from _cell(of, length, depths, None, part)
+            for low, high in bins if len(bins) > 1 else ():
+                part = [each for each in here if each["depth"] == low or low < each["depth"] < high]
+                yield from _cell(of, length, (low, high), None, part)
+            for distance in settings.distances:
+                part = [each for each in here if each["distance"] == distance]
+                depths = [each["depth"] for each in part]
+                yield from _cell(of, length, (min(depths, default=0), max(depths, default=0)), None, part, distance)
 
 
 def _cell(
-    of: Pass, length: int, depths: tuple[float, float], in_window: bool | None, trials: Sequence[Record]
+    of: Pass,
+    length: int,
+    depths: tuple[float, float],
+    in_window: bool | None,
+    trials: Sequence[Record],
+    distance: int | None = None,
 ) -> Iterator[Record]:
     if not trials:
         return
@@ -290,11 +231,8 @@ def _cell(
         "length": length,
         "depth_low": depths[0],
         "depth_high": depths[1],
+        "distance": distance,
         "in_window": in_window,
         "n_trials": len(trials),
         **{name: asdict(share) for name, share in shares.items()},
     }
-
-
-def _identity(record: Record) -> tuple[str, str, int, int]:
-    return record["method"], record["cache_type"], record["length"], record["trial"]

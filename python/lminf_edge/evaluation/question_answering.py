@@ -17,11 +17,13 @@ from lminf_edge.errors import ConfigError
 from lminf_edge.evaluation.answer_f1 import answer_f1, is_exact
 from lminf_edge.evaluation.answering import (
     AnsweringSettings,
+    AnsweringTask,
     Progress,
-    ask_all,
+    check_counts,
     check_depths,
-    check_lengths,
     check_same,
+    pass_of,
+    run_answering,
     seeded,
 )
 from lminf_edge.evaluation.filler import Filler
@@ -35,14 +37,7 @@ from lminf_edge.evaluation.question_prompts import (
     prompt_in_filler,
 )
 from lminf_edge.evaluation.questions import own_questions, own_questions_data, read_questions
-from lminf_edge.evaluation.results import (
-    Record,
-    ResultLog,
-    begin_or_resume,
-    file_sha256,
-    identify_model,
-    run_record,
-)
+from lminf_edge.evaluation.results import Record, ResultLog, file_sha256
 from lminf_edge.evaluation.statistics import mean_interval, share_interval
 from lminf_edge.evaluation.texts import python_documentation, text_file
 from lminf_edge.evaluation.token_source import vocabulary_of
@@ -77,7 +72,7 @@ class QaSettings(AnsweringSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_lengths(self.lengths)
+        check_counts("lengths", self.lengths)
         check_depths(self.depths)
         check_optional_int("n_questions", self.n_questions, 1)
         if self.text is not None and (self.lengths or self.filler is not None):
@@ -99,36 +94,22 @@ def run_qa(settings: QaSettings, log: ResultLog, on_progress: Progress | None = 
     Raises:
         LMInfError: A file cannot be read or is another one than it was, or the log holds another run.
     """
-    groups = prepare_questions(settings, vocabulary_of(settings.setup.model))
-    begin_or_resume(log, run_record("qa", settings, identify_model(settings.setup.model)))
-    done = {(*_pass_of(each), each["id"], each["length"]) for each in log.of_kind("qa.answer")}
-    answers = ask_all(
-        settings,
-        groups,
-        lambda of, prompt: (of.method, of.cache_type, prompt.question.id, prompt.length) in done,
-        on_progress or (lambda _done, _all: None),
-        one_line=True,
-    )
-    for of, prompt, answer in answers:
+
+    def judged(prompt: QuestionPrompt, answer: str) -> Record:
         question = prompt.question
-        log.add(
-            "qa.answer",
-            **asdict(of),
-            id=question.id,
-            question=question.question,
-            answers=question.answers,
-            answer=answer.text,
-            f1=answer_f1(answer.text, question.answers),
-            exact=is_exact(answer.text, question.answers),
-            n_tokens=prompt.n_tokens,
-            length=prompt.length,
-            depth=prompt.depth,
-            in_window=prompt.in_window(settings.setup.n_window),
-            seconds=answer.seconds,
-        )
-    cells = list(qa_cells(settings, log.of_kind("qa.answer")))
-    for cell in cells[len(log.of_kind("qa.cell")) :]:
-        log.write(cell)
+        return {
+            "question": question.question,
+            "answers": question.answers,
+            "depth": prompt.depth,
+            "f1": answer_f1(answer, question.answers),
+            "exact": is_exact(answer, question.answers),
+        }
+
+    task = AnsweringTask(
+        name="qa", kind="qa.answer", one_line=True, judged=judged, cells=lambda answers: qa_cells(settings, answers)
+    )
+    prompts = prepare_questions(settings, vocabulary_of(settings.setup.model))
+    run_answering(task, settings, prompts, log, on_progress)
 
 
 def questions_sha256(text: str | None) -> str:
@@ -150,7 +131,7 @@ def filler_sha256(filler: str | None) -> str:
 
 
 def prepare_questions(settings: QaSettings, vocabulary: _core.Model) -> list[list[QuestionPrompt]]:
-    """The prompts of each length, or range of lengths.
+    """The prompts of each length, or range of lengths. Those with one length and depth begin alike.
 
     Args:
         settings: What is asked.
@@ -170,19 +151,12 @@ def prepare_questions(settings: QaSettings, vocabulary: _core.Model) -> list[lis
     filler = Filler(vocabulary, python_documentation() if settings.filler is None else text_file(settings.filler))
     groups: list[list[QuestionPrompt]] = []
     for length in settings.lengths:
-        groups.append([])
+        prompts = []
         for number, question in enumerate(questions):
-            random = seeded(settings.seed, length, question.id)
-            groups[-1].append(
-                prompt_in_filler(
-                    form,
-                    question,
-                    filler,
-                    length=length,
-                    depth=settings.depths[number % len(settings.depths)],
-                    first=int(filler.starts[int(random.random() * len(filler.starts))]),
-                )
-            )
+            depth = settings.depths[number % len(settings.depths)]
+            first = int(filler.starts[int(seeded(settings.seed, length, depth).random() * len(filler.starts))])
+            prompts.append(prompt_in_filler(form, question, filler, length=length, depth=depth, first=first))
+        groups.append(sorted(prompts, key=lambda prompt: (prompt.depth or 0, prompt.n_before)))
     return groups
 
 
@@ -194,7 +168,7 @@ def qa_cells(settings: QaSettings, answers: Sequence[Record]) -> Iterator[Record
         answers: Records of kind qa.answer.
     """
     for of in settings.passes():
-        here = [each for each in answers if _pass_of(each) == (of.method, of.cache_type)]
+        here = [each for each in answers if pass_of(each) == of]
         for length in settings.lengths:
             part = [each for each in here if each["length"] == length]
             for in_window in (None, True, False):
@@ -220,7 +194,3 @@ def _cell(
             "f1": asdict(mean_interval(np.array([each["f1"] for each in part]))),
             "exact": asdict(share_interval(sum(each["exact"] for each in part), len(part))),
         }
-
-
-def _pass_of(record: Record) -> tuple[str, str]:
-    return record["method"], record["cache_type"]

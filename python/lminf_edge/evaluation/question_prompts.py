@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -44,6 +45,11 @@ class QuestionPrompt:
     depth: float | None = None
     filler: Filler | None = None
     first: int = 0
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """See `Prompt`."""
+        return {"id": self.question.id, "length": self.length}
 
     @property
     def n_needed(self) -> int:

@@ -38,8 +38,8 @@ Record = dict[str, Any]
 
 _S = TypeVar("_S")
 
-_PLACES = ("model", "text", "filler")
-"""Settings that name files, whose SHA-256 is compared instead."""
+_PLACES = ("model", "text", "filler", "path")
+"""Settings that name files: texts and models, whose SHA-256 is compared instead, and where middle tokens are stored."""
 
 
 @dataclass(frozen=True, kw_only=True)

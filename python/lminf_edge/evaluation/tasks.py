@@ -56,6 +56,7 @@ _PLACE = (
     "depth_high",
     "in_window",
     "depth",
+    "distance",
     "n_tokens",
 )
 """Fields that tell where in a run a figure was measured, besides method and type of cache."""

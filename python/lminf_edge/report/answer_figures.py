@@ -22,7 +22,7 @@ _N_COLUMNS = 2
 
 def passkey_map(run: Run) -> Drawing | None:
     """Accuracy by length and depth: a panel for each method and type of cache."""
-    cells = [cell for cell in run.of_kind("passkey.cell") if cell["in_window"] is None and not _is_whole(cell)]
+    cells = [cell for cell in run.of_kind("passkey.cell") if cell["in_window"] is None and _is_of_depths(cell)]
     if not cells:
         return None
     ways = ordered(way_of(cell) for cell in cells)
@@ -52,6 +52,10 @@ def passkey_map(run: Run) -> Drawing | None:
 
 
 _BOUNDARY = "#D55E00"
+
+
+def _is_of_depths(cell: Record) -> bool:
+    return cell.get("distance") is None and not _is_whole(cell)
 
 
 def _is_whole(cell: Record) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from lminf_edge.evaluation.results import Record
@@ -34,7 +34,7 @@ def tables_of(run: Run) -> list[Table]:
     """All tables that there are records for."""
     makers = (
         _loss_ratios, _losses, _losses_by_position, _speed_ratios, _decoding, _latencies, _prompts, _bandwidth,
-        _peers, _skipped, _passkeys, _passkey_cells, _answers,
+        _peers, _skipped, _passkeys, _passkey_depths, _passkey_distances, _answers,
     )  # fmt: skip
     return [table for maker in makers for table in maker(run) if table.rows]
 
@@ -261,26 +261,50 @@ def _passkeys(run: Run) -> Iterator[Table]:
     yield _by_length("Passkeys found, per cent; 95 % confidence in brackets", cells, "exact", "n_trials", words)
 
 
-def _passkey_cells(run: Run) -> Iterator[Table]:
+def _passkey_depths(run: Run) -> Iterator[Table]:
     cells = [
         cell
         for cell in run.of_kind("passkey.cell")
-        if cell["in_window"] is None and not (cell["depth_low"] <= 0 and cell["depth_high"] >= 1)
+        if cell["in_window"] is None
+        and cell.get("distance") is None
+        and not (cell["depth_low"] <= 0 and cell["depth_high"] >= 1)
     ]
+    yield from _passkeys_by_place("depth", cells, lambda cell: (cell["depth_low"], cell["depth_high"]), _depth_words)
+
+
+def _passkey_distances(run: Run) -> Iterator[Table]:
+    cells = [cell for cell in run.of_kind("passkey.cell") if cell.get("distance") is not None]
+    yield from _passkeys_by_place("distance", cells, lambda cell: (cell["distance"],), _distance_words)
+
+
+def _passkeys_by_place(
+    name: str,
+    cells: Sequence[Record],
+    place: Callable[[Record], tuple[float, ...]],
+    words: Callable[..., str],
+) -> Iterator[Table]:
     lengths = sorted({cell["length"] for cell in cells})
-    depths = sorted({(cell["depth_low"], cell["depth_high"]) for cell in cells})
-    found = {(way_of(cell), cell["length"], cell["depth_low"], cell["depth_high"]): cell for cell in cells}
+    places = sorted({place(cell) for cell in cells})
+    found = {(way_of(cell), cell["length"], place(cell)): cell for cell in cells}
     for way in ordered(way_of(cell) for cell in cells):
         rows = []
-        for low, high in depths:
-            row = (found.get((way, length, low, high)) for length in lengths)
+        for each in places:
+            row = (found.get((way, length, each)) for length in lengths)
             shown = ("-" if cell is None else interval_words(cell["exact"], 0, 100) for cell in row)
-            rows.append((f"{100 * low:.0f} to {100 * high:.0f} %", *shown))
+            rows.append((words(*each), *shown))
         yield Table(
-            caption=f"Passkeys found by depth and length, per cent: {way_words(way)}",
-            header=("depth", *(token_count(length) for length in lengths)),
+            caption=f"Passkeys found by {name} and length, per cent: {way_words(way)}",
+            header=(name, *(token_count(length) for length in lengths)),
             rows=tuple(rows),
         )
+
+
+def _depth_words(low: float, high: float) -> str:
+    return f"{100 * low:.0f} to {100 * high:.0f} %"
+
+
+def _distance_words(distance: int) -> str:
+    return f"{distance:,} tokens"
 
 
 def _answers(run: Run) -> Iterator[Table]:
