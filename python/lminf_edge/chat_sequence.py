@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 
@@ -22,6 +23,9 @@ from lminf_edge.text_generation import TextOptions, write_text
 class ChatSequence:
     """Keeps the sequence of a model and a conversation in step.
 
+    Where the model stores middle tokens, what was forgotten stays in the store. It is lost only with the sequence, of
+    which a conversation warns once.
+
     Attributes:
         conversation: What was said, and where it stands in the sequence.
         format: How turns are written.
@@ -40,6 +44,7 @@ class ChatSequence:
         self._turn: int | None = None
         self._answering: SpokenMessage | None = None  # as long as it is not certain what stays of it
         self._n_valid = 0  # the sequence's tokens up to here are the conversation's
+        self._has_warned = False
 
     # --- what is said
 
@@ -54,7 +59,8 @@ class ChatSequence:
         if instead:
             self._take_back(self.conversation.messages[-2].begin)
             self.conversation.remove_last(2)
-            self._go_back(self.conversation.end)  # to the pinned tokens, if all before it is forgotten
+            if not self.conversation.remembered:
+                self._begin_again()
         self._close_answer()
         self.conversation.drop_tokens()
         self.conversation.add(SpokenMessage(role="user", content=content, tokens=tokens, n_header=self.format.n_header))
@@ -70,6 +76,7 @@ class ChatSequence:
         """Begins the conversation anew."""
         with self.changing():
             self.conversation = empty_conversation(self._llm, self.format)
+            self._has_warned = False
             self._go_back(len(self.format.pinned))
 
     def replace(self, turns: TurnFormat, conversation: Conversation, restore: Callable[[], None]) -> None:
@@ -83,7 +90,7 @@ class ChatSequence:
         with self._llm._sequence.exclusive() as turn:
             restore()
             self._turn, self._n_valid = turn, self._llm.n_past
-            self._answering = None
+            self._answering, self._has_warned = None, False
         self.format, self.conversation = turns, conversation
 
     def answer(
@@ -148,11 +155,11 @@ class ChatSequence:
         is_ours = sequence.turn == self._turn
         with sequence.exclusive() as self._turn:
             if not is_ours:
-                self.conversation.place()
-                sequence.truncate(0)
+                self._read_again()
             self._end_answer()
             if sequence.n_past <= len(self.conversation.pinned):
                 self.conversation.place()  # an interrupted recurrent model has lost its sequence
+                self._warn_of_loss()
             yield self._turn
 
     def _begin_answer(self) -> None:
@@ -188,11 +195,13 @@ class ChatSequence:
 
     def _take_back(self, position: int) -> None:
         """Goes back in the conversation; a question that was forgotten while it was answered comes back with it."""
-        question = self.conversation.messages[-2]
+        question, answer = self.conversation.messages[-2:]
         if self.conversation.n_forgotten > len(self.conversation.messages) - 2:
             self.conversation.n_forgotten = len(self.conversation.messages) - 2
+            if self._llm._has_store:
+                self._go_back(answer.begin)
             question.put_first()
-            self._restart()
+            self._begin_again()
         else:
             self._go_back(position)
 
@@ -204,14 +213,26 @@ class ChatSequence:
             return
         window_begin = conversation.forget(n, sequence.n_past)
         if window_begin is None:
-            self._restart()
+            self._begin_again()
         else:
             sequence.forget(window_begin)
 
-    def _restart(self) -> None:
-        """The sequence goes back to the pinned tokens; what is remembered will be read after them."""
-        self.conversation.place()
-        self._go_back(len(self.conversation.pinned))
+    def _begin_again(self) -> None:
+        """The pinned tokens alone are seen; what is remembered will be read after them.
+
+        With a store the sequence goes on where it is: going back would empty the store.
+        """
+        sequence, n_pinned = self._llm._sequence, len(self.conversation.pinned)
+        if not self._llm._has_store or sequence.n_past <= n_pinned:
+            self.conversation.place()
+            self._go_back(n_pinned)
+            return
+        try:
+            sequence.forget_all()
+        except StateError:
+            self._read_again()
+        else:
+            self.conversation.place(sequence.n_past)
 
     def _go_back(self, n_past: int) -> None:
         """Cuts the sequence; where that cannot be done exactly, everything that is remembered will be read again."""
@@ -221,8 +242,24 @@ class ChatSequence:
         try:
             sequence.truncate(n_past)
         except StateError:
-            self.conversation.place()
-            sequence.truncate(0)
+            self._read_again()
+
+    def _read_again(self) -> None:
+        """The sequence is given up; what is remembered will be read anew."""
+        self._warn_of_loss()
+        self.conversation.place()
+        self._llm._sequence.truncate(0)
+
+    def _warn_of_loss(self) -> None:
+        """Messages that are forgotten cannot be looked up any more."""
+        if self._llm._has_store and self.conversation.n_forgotten > 0 and not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                f"the first {self.conversation.n_forgotten} messages of the conversation cannot be looked up any more: "
+                "its sequence was begun anew, because something else had used the model, or because an answer could "
+                "not be taken back exactly",
+                stacklevel=2,
+            )
 
 
 def empty_conversation(llm: Llama, turns: TurnFormat) -> Conversation:
