@@ -256,8 +256,7 @@ class ChatSequence:
             self._has_warned = True
             warnings.warn(
                 f"the first {self.conversation.n_forgotten} messages of the conversation cannot be looked up any more: "
-                "its sequence was begun anew, because something else had used the model, or because an answer could "
-                "not be taken back exactly",
+                "its sequence had to begin anew (something else has used the model, or it cannot go back exactly)",
                 stacklevel=2,
             )
 
