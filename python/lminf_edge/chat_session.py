@@ -4,32 +4,29 @@ from __future__ import annotations
 
 import os
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from inspect import signature
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, overload
-
-import numpy as np
 
 from lminf_edge._checks import check_bool
 from lminf_edge._library import _core
 from lminf_edge._typing import Self, Unpack
 from lminf_edge.background import Cancellation, iterate_in_thread
 from lminf_edge.chat_prompt import ChatFormat, check_messages, check_tools
+from lminf_edge.chat_sequence import ChatSequence, empty_conversation
 from lminf_edge.chat_turns import TurnFormat
 from lminf_edge.completion import Writing, answer, stream_answer
 from lminf_edge.completion_types import AnswerParams, ChatCompletion, ChatCompletionChunk
 from lminf_edge.config import LMInfConfig
 from lminf_edge.conversation import Conversation, SpokenMessage
-from lminf_edge.drawing import DrawOptions, draw_tokens
 from lminf_edge.errors import ConfigError, StateError
 from lminf_edge.gguf_file import check_gguf_file
 from lminf_edge.llama import Llama
-from lminf_edge.middle import MiddleConfig, RecallPlan
+from lminf_edge.middle import MiddleConfig
 from lminf_edge.records import ChatUsage, MemoryStats, TextPiece
 from lminf_edge.state_file import StateFile, read_state_file, write_state_file
-from lminf_edge.text_generation import TextOptions, write_text
+from lminf_edge.text_generation import TextOptions
 
 N_WINDOW = 2048
 """Window of a session in tokens, unless the caller says otherwise: at most what the model's training leaves."""
@@ -70,18 +67,15 @@ class ChatSession:
         self._llm = llm
         self._system = _checked_text("system", system) if system is not None else None
         self._tools = check_tools(tools)
-        self._format = TurnFormat(llm._chat_format, self._system, self._tools)
+        turns = TurnFormat(llm._chat_format, self._system, self._tools)
         config = llm.config
-        n_pinned = len(self._format.pinned)
+        n_pinned = len(turns.pinned)
         if config is None or config.n_sink != n_pinned or config.sink_order != "kept":
             raise ConfigError(
                 f"the system prompt has {n_pinned} tokens with this model: the Llama needs "
                 f"lminf=LMInfConfig(n_sink={n_pinned}, sink_order='kept', ...); ChatSession.open makes one that fits"
             )
-        self._conversation = self._empty(self._format)
-        self._turn: int | None = None
-        self._answering: SpokenMessage | None = None  # as long as it is not certain what stays of it
-        self._n_valid = 0  # the sequence's tokens up to here are the conversation's
+        self._spoken = ChatSequence(llm, turns)
 
     @classmethod
     def open(
@@ -247,7 +241,7 @@ class ChatSession:
             TypeError, ConfigError: As for `send`.
         """
         self._check_asked()
-        return self._speak("regenerate", self._asking_again, stream, options)
+        return self._speak("regenerate", self._spoken.ask_again, stream, options)
 
     @overload
     def edit(self, text: str, *, stream: Literal[False], **options: Unpack[AnswerParams]) -> ChatCompletion: ...
@@ -286,9 +280,7 @@ class ChatSession:
 
     def reset(self) -> None:
         """Begins the conversation anew, with the same system prompt."""
-        with self._changing():
-            self._conversation = self._empty(self._format)
-            self._go_back(len(self._format.pinned))
+        self._spoken.reset()
 
     def save_state(self, path: str | os.PathLike[str]) -> None:
         """Saves the conversation and the sequence in one file, as `Llama.save_state` does.
@@ -299,7 +291,7 @@ class ChatSession:
         Raises:
             StateError: The model is closed or computing, or the file cannot be written.
         """
-        with self._changing():
+        with self._spoken.changing():
             state = self._llm._saved(
                 _KIND,
                 system=self._system,
@@ -356,18 +348,14 @@ class ChatSession:
             if header["kind"] != _KIND:
                 raise StateError("this is the saved state of a sequence, not of a conversation")
             turns = TurnFormat(self._llm._chat_format, header["system"], header["tools"])
-            conversation = self._empty(turns)
+            conversation = empty_conversation(self._llm, turns)
             conversation.load(header["conversation"])
             if header["format"] != turns.tokens():
                 raise StateError("the conversation was saved with another chat format")
         except (LookupError, TypeError, ValueError) as error:
             raise StateError(f"the saved conversation does not fit: {error}") from error
-        with self._llm._sequence.exclusive() as turn:
-            self._llm._restore(file, _KIND)
-            self._turn, self._n_valid = turn, self._llm.n_past
-            self._answering = None
-        self._system, self._tools, self._format = header["system"], header["tools"], turns
-        self._conversation = conversation
+        self._spoken.replace(turns, conversation, lambda: self._llm._restore(file, _KIND))
+        self._system, self._tools = header["system"], header["tools"]
 
     def close(self) -> None:
         """Closes the model. Can be called again."""
@@ -382,12 +370,13 @@ class ChatSession:
     ) -> None:
         self.close()
 
-    def _empty(self, turns: TurnFormat) -> Conversation:
-        config = self._llm.config
-        assert config is not None and config.n_window is not None
-        return Conversation(turns.pinned, config.n_window, len(turns.prompt))
+    @property
+    def _conversation(self) -> Conversation:
+        return self._spoken.conversation
 
-    # --- what is said
+    @property
+    def _format(self) -> TurnFormat:
+        return self._spoken.format
 
     def _speak(
         self, method: str, begin: Callable[[], None], stream: bool, options: AnswerParams
@@ -397,43 +386,14 @@ class ChatSession:
         return answer(self._llm, self._starter(begin), method, options)
 
     def _asking(self, text: str, *, instead: bool = False) -> Callable[[], None]:
-        """What adds a question and the beginning of its answer to the conversation, which is checked now."""
+        """What asks a question, which is checked now."""
         content = _checked_text("text", text)
         tokens = self._format.question(content)
-
-        def begin() -> None:
-            if instead:
-                self._take_back(self._conversation.messages[-2].begin)
-                self._conversation.remove_last(2)
-                self._go_back(self._conversation.end)  # to the pinned tokens, if all before it is forgotten
-            self._close_answer()
-            self._conversation.drop_tokens()
-            question = SpokenMessage(role="user", content=content, tokens=tokens, n_header=self._format.n_header)
-            self._conversation.add(question)
-            self._begin_answer()
-
-        return begin
-
-    def _asking_again(self) -> None:
-        self._take_back(self._conversation.messages[-1].begin)
-        self._conversation.remove_last(1)
-        self._begin_answer()
+        return lambda: self._spoken.ask(content, tokens, instead=instead)
 
     def _check_asked(self) -> None:
         if not self._conversation.messages:
             raise StateError("nothing has been said yet")
-
-    def _begin_answer(self) -> None:
-        self._conversation.add(
-            SpokenMessage(role="assistant", content="", tokens=list(self._format.prompt), closed=False)
-        )
-
-    def _close_answer(self) -> None:
-        if self._conversation.messages and not self._conversation.messages[-1].closed:
-            self._conversation.messages[-1].tokens += self._format.closing
-            self._conversation.messages[-1].closed = True
-
-    # --- the sequence
 
     def _starter(self, begin: Callable[[], None]) -> Callable[[TextOptions], Writing]:
         """What writes an answer with given options, after they were checked."""
@@ -442,126 +402,10 @@ class ChatSession:
             plan = self._llm._recall_plan(options.recall)
             sampler = options.sampling.sampler(self._llm._model, self._llm._next_seed(options.seed))
             writing = Writing(pieces=_nothing())
-            writing.pieces = self._answer(begin, sampler, options, plan, writing)
+            writing.pieces = self._spoken.answer(begin, sampler, options, plan, writing)
             return writing
 
         return start
-
-    def _answer(
-        self,
-        begin: Callable[[], None],
-        sampler: _core.Sampler,
-        options: TextOptions,
-        plan: RecallPlan,
-        writing: Writing,
-    ) -> Generator[TextPiece, None, None]:
-        sequence = self._llm._sequence
-        with self._changing() as turn:
-            begin()
-            self._forget(self._conversation.end)
-            # the last token is read (again) for its logits
-            self._go_back(self._conversation.end - 1)
-            self._n_valid = self._conversation.end
-            prompt = self._conversation.unread(sequence.n_past)
-            writing.n_prompt = len(prompt)
-            message = self._answering = self._conversation.messages[-1]
-        drawing = DrawOptions(
-            max_tokens=options.max_tokens,
-            n_top_logprobs=options.n_top_logprobs,
-            check=options.check,
-            before_append=lambda: self._forget(sequence.n_past + 1),
-            turn=turn,
-            recall=plan,
-            n_question=self._conversation.end - self._conversation.messages[-2].begin,
-            n_recalled=options.n_recalled,
-        )
-        remembered = self._conversation.unread(0)
-        sampler.accept(np.array(remembered[: len(remembered) - len(prompt)], np.int32))  # for the penalties
-        steps = draw_tokens(sequence, np.array(prompt, np.int32), sampler, drawing)
-        try:
-            for piece in write_text(steps, options):
-                message.content += piece.text
-                message.tokens += [step.token for step in piece.tokens]
-                yield piece
-        finally:
-            try:
-                with sequence.exclusive(turn):
-                    self._end_answer()
-            except StateError:  # closed, or busy: the next turn will do it
-                pass
-
-    @contextmanager
-    def _changing(self) -> Iterator[int]:
-        """The sequence is this session's, at most as long as its conversation; another one's is removed."""
-        sequence = self._llm._sequence
-        is_ours = sequence.turn == self._turn
-        with sequence.exclusive() as self._turn:
-            if not is_ours:
-                self._conversation.place()
-                sequence.truncate(0)
-            self._end_answer()
-            if sequence.n_past <= len(self._conversation.pinned):
-                self._conversation.place()  # an interrupted recurrent model has lost its sequence
-            yield self._turn
-
-    def _end_answer(self) -> None:
-        """Makes the tokens of an answer those of its text, which may end in the middle of a drawn token or character.
-
-        What else was drawn, such as the tokens of a stop string, does not stay in the sequence.
-        """
-        message, self._answering = self._answering, None
-        if message is not None:
-            content, n_prompt = message.content.encode(), len(self._format.prompt)
-            position = n_bytes = 0
-            n_tokens = n_prompt
-            for number, token in enumerate(message.tokens[n_prompt:], n_prompt + 1):
-                piece = self._llm._model.token_to_piece(token, False)
-                if not content.startswith(piece, position):
-                    break
-                position += len(piece)
-                if not 0x80 <= (content[position:] or b" ")[0] < 0xC0:  # not in the middle of a character
-                    n_bytes, n_tokens = position, number
-            self._n_valid = message.begin + n_tokens
-            message.tokens = message.tokens[:n_tokens] + self._format.text(content[n_bytes:].decode())
-        self._go_back(self._n_valid)
-
-    def _take_back(self, position: int) -> None:
-        """Goes back in the conversation; a question that was forgotten while it was answered comes back with it."""
-        question = self._conversation.messages[-2]
-        if self._conversation.n_forgotten > len(self._conversation.messages) - 2:
-            self._conversation.n_forgotten = len(self._conversation.messages) - 2
-            question.put_first()
-            self._restart()
-        else:
-            self._go_back(position)
-
-    def _forget(self, end: int) -> None:
-        """Forgets the messages that the window would cut at the tokens before `end`."""
-        conversation, sequence = self._conversation, self._llm._sequence
-        n = conversation.n_to_forget(end)
-        if n == conversation.n_forgotten:
-            return
-        window_begin = conversation.forget(n, sequence.n_past)
-        if window_begin is None:
-            self._restart()
-        else:
-            sequence.forget(window_begin)
-
-    def _restart(self) -> None:
-        """The sequence goes back to the pinned tokens; what is remembered will be read after them."""
-        self._conversation.place()
-        self._go_back(len(self._conversation.pinned))
-
-    def _go_back(self, n_past: int) -> None:
-        """Cuts the sequence; where that cannot be done exactly, everything that is remembered will be read again."""
-        sequence = self._llm._sequence
-        if sequence.n_past <= n_past:
-            return
-        try:
-            sequence.truncate(n_past)
-        except StateError:
-            self._conversation.place()
-            sequence.truncate(0)
 
     def _opening(self) -> list[dict[str, str]]:
         return [] if self._system is None else [{"role": "system", "content": self._system}]

@@ -64,6 +64,7 @@ class Conversation:
         self.n_forgotten = 0
         self.n_window = n_window
         self._n_prompt = n_prompt
+        self._begin = len(pinned)
         self._n_dropped_messages = 0
         self._n_dropped_tokens = 0
 
@@ -75,7 +76,7 @@ class Conversation:
     @property
     def end(self) -> int:
         """Position after the last token, once all are read."""
-        return self.messages[-1].end if self.remembered else len(self.pinned)
+        return self.messages[-1].end if self.remembered else self._begin
 
     @property
     def n_tokens(self) -> int:
@@ -145,20 +146,21 @@ class Conversation:
             n_past: How far the sequence has come.
 
         Returns:
-            Where the sequence's window has to begin from now on. None: the sequence has to go back to the pinned
-            tokens, where the other messages follow now.
+            Where the sequence's window has to begin from now on. None: nothing of the other messages was read, and the
+            window has to be emptied before.
         """
         first = self.messages[n]
         first.put_first()
         self.n_forgotten = n
-        if first.begin < n_past:
-            return first.begin
-        self.place()
-        return None
+        return first.begin if first.begin < n_past else None
 
-    def place(self) -> None:
-        """The remembered messages follow the pinned tokens without a gap."""
-        position = len(self.pinned)
+    def place(self, begin: int | None = None) -> None:
+        """The remembered messages, or those that will come, follow each other without a gap.
+
+        Args:
+            begin: Position of the first one. None: the end of the pinned tokens.
+        """
+        self._begin = position = len(self.pinned) if begin is None else begin
         for message in self.remembered:
             message.begin = position
             position = message.end

@@ -12,9 +12,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from lminf_edge import hugging_face
 from lminf_edge._checks import check_bool, check_choice, check_int, check_optional_int
 from lminf_edge._library import _core
@@ -31,6 +28,7 @@ from lminf_edge.middle import Recall, RecallPlan, RecallScope, recall_mode, reca
 from lminf_edge.records import GenerationStep, MemoryStats, RecalledToken, TextPiece
 from lminf_edge.sampling import N_SEED_MAX, SamplingOptions
 from lminf_edge.saved_state import config_settings, sequence_state, state_file
+from lminf_edge.scoring_methods import ScoringMethods
 from lminf_edge.sequence import ModelSequence
 from lminf_edge.state_file import StateFile, model_fingerprint, read_state_file, write_state_file
 from lminf_edge.system import default_n_threads
@@ -44,7 +42,7 @@ N_RECALLED = 16
 """How many of the tokens that were looked up are told, unless the caller says otherwise."""
 
 
-class Llama(CompletionMethods):
+class Llama(CompletionMethods, ScoringMethods):
     """A GGUF model and one sequence of tokens that grows with every call.
 
     With `lminf` the sequence never ends: memory and speed stay what they are after the first window. Without it this
@@ -254,85 +252,6 @@ class Llama(CompletionMethods):
     def detokenize_bytes(self, tokens: TokenSequence, *, special: bool = False) -> bytes:
         """The text of some tokens as the bytes that they stand for."""
         return self._model.detokenize(self._to_tokens(tokens, allow_empty=True), False, special)
-
-    def eval(self, tokens: TokenSequence, *, recall: Recall = False) -> npt.NDArray[np.float32]:
-        """Appends tokens to the sequence and returns what the model expects after each of them.
-
-        The result has n_tokens * n_vocab * 4 bytes; `logprobs` needs no memory that grows with the text.
-
-        Args:
-            tokens: Token ids, any number from 1.
-            recall: Whether these tokens look up middle tokens, which `LMInfConfig.middle` has stored. "gated": only
-                such that weigh more than all that is seen anyway, for reading.
-
-        Returns:
-            Logits, float32 [n_tokens, n_vocab]. Row i belongs to the token that follows tokens[i].
-
-        Raises:
-            ConfigError: There are no tokens, or one is outside the vocabulary. Nothing was appended.
-            ContextError: A plain context has no room for all of them. Nothing was appended.
-            StateError: The object is closed, or another thread computes with it.
-        """
-        checked, mode = self._to_tokens(tokens), self._recall_mode(recall)
-        with self._sequence.exclusive(), self._sequence.recording(checked) as context:
-            self._sequence.check_room(checked.size)
-            logits = np.empty((checked.size, self.n_vocab), np.float32)
-            for begin in range(0, checked.size, self._n_ubatch):
-                end = begin + self._n_ubatch
-                context.eval(checked[begin:end], logits[begin:end], recall=mode)
-        return logits
-
-    def logprobs(self, tokens: TokenSequence, *, recall: Recall = False) -> npt.NDArray[np.float32]:
-        """Appends tokens to the sequence and returns how probable each was after those before it.
-
-        The first token only conditions the others, whatever the sequence held before: it is appended, but not scored.
-        Never more than one micro-batch of logits is in memory.
-
-        Args:
-            tokens: Token ids, any number from 1.
-            recall: See `eval`.
-
-        Returns:
-            Natural-log probabilities, float32 [n_tokens - 1]. Entry i belongs to tokens[i + 1].
-
-        Raises:
-            ConfigError, ContextError, StateError: As for `eval`.
-        """
-        return np.concatenate(list(self.iter_logprobs(tokens, recall=recall)))
-
-    def iter_logprobs(self, tokens: TokenSequence, *, recall: Recall = False) -> Iterator[npt.NDArray[np.float32]]:
-        """Does what `logprobs` does, micro-batch by micro-batch, for a caller that wants to watch.
-
-        Args:
-            tokens: Token ids, any number from 1. They are checked now and appended as the result is iterated over.
-            recall: See `eval`.
-
-        Returns:
-            An iterator over consecutive pieces of what `logprobs` returns, one for each micro-batch.
-
-        Raises:
-            ConfigError, ContextError, StateError: As for `eval`.
-        """
-        return self._iter_logprobs(tokens, None, recall)
-
-    def _iter_logprobs(
-        self, tokens: TokenSequence, following: int | None, recall: Recall = False
-    ) -> Iterator[npt.NDArray[np.float32]]:
-        """The same; a token that follows the text is scored, too, but not appended."""
-        checked, mode = self._to_tokens(tokens), self._recall_mode(recall)
-        self._sequence.check_room(checked.size)
-        targets = checked[1:] if following is None else np.append(checked[1:], self._to_tokens([following]))
-        return self._score_micro_batches(checked, targets, mode)
-
-    def _score_micro_batches(
-        self, tokens: TokenArray, targets: TokenArray, recall: int
-    ) -> Iterator[npt.NDArray[np.float32]]:
-        for begin in range(0, tokens.size, self._n_ubatch):
-            end = begin + self._n_ubatch
-            scores = np.empty(targets[begin:end].size, np.float32)
-            with self._sequence.exclusive(), self._sequence.recording(tokens[begin:end]) as context:
-                context.score(tokens[begin:end], targets[begin:end], scores, recall=recall)
-            yield scores
 
     def generate(
         self,

@@ -210,6 +210,21 @@ class ModelSequence:
         self.context.forget(end)
         self._history.forget()
 
+    def forget_all(self) -> None:
+        """Forgets everything behind the sink tokens and goes on at the same position. Only within `exclusive`.
+
+        Middle tokens stay stored.
+
+        Raises:
+            StateError: A layer of the model cannot do that. The sequence is of no use then.
+        """
+        n_past = self.n_past
+        # A sequence cannot forget its last token: another one becomes the last, and is taken back
+        self.context.decode(np.zeros(1, np.int32))
+        self.context.forget(n_past)
+        self.context.truncate(n_past)
+        self._history.forget()
+
     def save(self) -> SequenceState:
         """Everything that the sequence needs to go on bit for bit. Only within `exclusive`."""
         context = self.context

@@ -18,11 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lminf_edge import ChatSession, ConfigError, Llama, LMInfConfig, StateError, UnsupportedModelError
-from lminf_edge._library import _core
-from lminf_edge.chat_prompt import ChatFormat
-from lminf_edge.chat_template import JinjaTemplate
-from lminf_edge.chat_turns import TurnFormat
+from lminf_edge import ChatSession, ConfigError, Llama, LMInfConfig, MiddleConfig, StateError
 from parity import TOLERANCE
 from reference import Attention, TokenStream
 from tiny_families import SLIDING_AND_FULL
@@ -70,6 +66,8 @@ class Witness:
         sequence: Any = session.llm._sequence
         self._append, self._forget, self._truncate = sequence.append, sequence.forget, sequence.truncate
         sequence.append, sequence.forget, sequence.truncate = self.append, self.forget, self.truncate
+        self._forget_all = sequence.forget_all
+        sequence.forget_all = self.forget_all
 
     def begin(self) -> None:
         self._stream = TokenStream(self._model.transformer, self._attention)
@@ -93,6 +91,12 @@ class Witness:
         self._forget(end)
         self._stream.forget(self._n_sink, end)
         self._tokens = {at: token for at, token in self._tokens.items() if at < self._n_sink or at >= end}
+
+    def forget_all(self) -> None:
+        n_past = self._stream.n_past
+        self._forget_all()
+        self._stream.forget(self._n_sink, n_past)
+        self._tokens = {at: token for at, token in self._tokens.items() if at < self._n_sink}
 
     def truncate(self, n_past: int) -> None:
         self._truncate(n_past)
@@ -139,7 +143,8 @@ class Chat:
     def _speak(self, begin: Callable[..., Any], question: str, data: st.DataObject) -> None:
         n, n_asked = data.draw(st.integers(1, 60), "n_tokens"), data.draw(st.integers(2, 70), "n_pieces")
         self.witness.spoken = [(m["role"], m["content"]) for m in self.messages] + [("user", question)]
-        pieces = begin(max_tokens=n, grammar=LETTERS, stop=data.draw(st.sampled_from([None, "e", "th"]), "stop"))
+        stop = data.draw(st.sampled_from([None, "e", "th"]), "stop")
+        pieces = begin(max_tokens=n, grammar=LETTERS, stop=stop, recall="none")
         text = text_of(itertools.islice(pieces, n_asked))
         del pieces
         self.messages += [{"role": "user", "content": question}, {"role": "assistant", "content": text}]
@@ -192,16 +197,21 @@ def sliding(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
     return write_tiny_model(tmp_path_factory.mktemp("sliding") / "gemma3.gguf", SLIDING_AND_FULL["gemma3"], seed=1)
 
 
-@pytest.mark.parametrize("name", ["head_32", "sliding"])
+@pytest.mark.parametrize(("name", "stores"), [("head_32", False), ("sliding", False), ("head_32", True)])
 @given(data=st.data())
 @settings(max_examples=20)
+@pytest.mark.filterwarnings("default:.*cannot be looked up any more")
 def test_any_history(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, name: str, data: st.DataObject
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    name: str,
+    stores: bool,
+    data: st.DataObject,
 ) -> None:
     """Messages of any length, answers taken back or stopped: always whole messages, and the reference's logits."""
     model: TinyModel = request.getfixturevalue(name)
-    path = tmp_path_factory.getbasetemp() / f"{name}.state"
-    with open_tiny(model) as session:
+    path = tmp_path_factory.getbasetemp() / f"{name}-{stores}.state"
+    with open_tiny(model, middle=MiddleConfig(layers=(0, None), cache_type="f32") if stores else None) as session:
         chat = Chat(session, model)
         for _ in range(data.draw(st.integers(1, 12), "n_operations")):
             action = data.draw(st.sampled_from(["send"] * 4 + ["regenerate", "edit", "save", "load", "else"]), "action")
@@ -440,80 +450,3 @@ def test_wrong_input(default_model: Path, real: ChatSession) -> None:
     with pytest.raises(TypeError):
         real.send(5)  # type: ignore[call-overload]
     assert real.messages == before
-
-
-# --- templates
-
-
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-FOLDED = (  # as Gemma's: the system prompt stands in the first question
-    "{% if messages[0].role == 'system' %}{% set first = messages[0].content + '\n\n' %}{% set rest = messages[1:] %}"
-    "{% else %}{% set first = '' %}{% set rest = messages %}{% endif %}{% for m in rest %}"
-    "<|im_start|>{{ m.role }}\n{{ first if loop.first else '' }}{{ m.content | trim }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>model\n{% endif %}"
-)
-THINKING = (  # as Qwen 3's: the last answer looks different from earlier ones
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
-    "{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n"
-    "{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-MOVING = (  # as some of Mistral's: the system prompt stands in the last question
-    "{% for m in messages if m.role != 'system' %}"
-    "[{{ messages[0].content if loop.last and messages[0].role == 'system' "
-    "else '' }}{{ m.content }}]{% endfor %}"
-)
-
-
-def turn_format(model: TinyModel, template: str, system: str | None, monkeypatch: pytest.MonkeyPatch) -> TurnFormat:
-    core = _core.Model(str(model.path), vocab_only=True)
-    chat_format = ChatFormat(core)
-    monkeypatch.setattr(chat_format, "_template", JinjaTemplate(template, bos_token="", eos_token="<|im_end|>"))
-    return TurnFormat(chat_format, system)
-
-
-@pytest.mark.parametrize("system", [None, "Be brief."])
-@pytest.mark.parametrize("template", [CHATML, FOLDED, THINKING], ids=["chatml", "folded", "thinking"])
-def test_turns_are_what_the_template_writes(
-    head_32: TinyModel, template: str, system: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    turns = turn_format(head_32, template, system, monkeypatch)
-    chat_format = turns._format
-    opening = [] if system is None else [{"role": "system", "content": system}]
-    first, second = "Hello <|im_end|> there", "Größe?"
-    answer = chat_format.tokenize("Yes.")
-    question = turns.question(first)
-    beginning = [*opening, {"role": "user", "content": first}]
-    assert turns.pinned + question[turns.n_header :] + turns.prompt == chat_format.tokens(beginning)
-    conversation = [*beginning, {"role": "assistant", "content": "Yes."}, {"role": "user", "content": second}]
-    spoken = turns.pinned + question[turns.n_header :] + turns.prompt + answer + turns.closing
-    assert detokenized(chat_format, spoken + turns.question(second) + turns.prompt).replace(
-        "<|im_start|>model\n", "<|im_start|>assistant\n"
-    ) == detokenized(chat_format, chat_format.tokens(conversation)).replace(
-        "<|im_start|>model\n", "<|im_start|>assistant\n"
-    )
-    assert turns.pinned  # something is
-
-
-def detokenized(chat_format: ChatFormat, tokens: list[int]) -> str:
-    return chat_format._model.detokenize(np.array(tokens, np.int32), False, True).decode()
-
-
-def test_a_template_that_moves_the_system_prompt_is_refused(
-    head_32: TinyModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with pytest.raises(ConfigError, match="writes messages differently"):
-        turn_format(head_32, MOVING, "Be brief.", monkeypatch)
-
-
-def test_a_model_without_a_template_is_refused(
-    head_32: TinyModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr("tiny_models._CHAT_TEMPLATE", "{% if %}")
-    broken = write_tiny_model(tmp_path / "broken.gguf", head_32.shape, seed=1)
-    with pytest.raises(UnsupportedModelError, match="template"):
-        ChatSession.open(broken.path)
-    with ChatSession.open(broken.path, chat_format="chatml", n_window=64) as session:
-        session.send("Hello!", stream=False, max_tokens=2)

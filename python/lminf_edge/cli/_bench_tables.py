@@ -20,6 +20,7 @@ def show_bench(log: ResultLog) -> None:
     tables = (
         (log.of_kind("bench.decode"), _decode_table),
         (log.of_kind("bench.decode"), _memory_table),
+        ([record for record in log.of_kind("bench.decode") if record["method"] == "middle"], _store_table),
         (log.of_kind("bench.latency"), _latency_table),
         (log.of_kind("bench.prompt"), _prompt_table),
     )
@@ -52,8 +53,13 @@ def _decode_table(records: list[Record]) -> Table:
     for name in ("depth", "ratio", "to", "tokens/s"):
         table.add_column(name, justify="left" if name == "to" else "right")
     for record in _by_depth(records):
+        ratios, references = [_spread(record["ratio"], "x")], [_reference(record)]
+        if record.get("ratio_to_endless") is not None:
+            ratios.append(_spread(record["ratio_to_endless"], "x"))
+            references.append("endless")
         speed = _spread(record["tokens_per_second"])
-        table.add_row(_name(record), f"{record['depth']:,}", _spread(record["ratio"], "x"), _reference(record), speed)
+        shown = ("\n".join(filter(None, lines)) for lines in (ratios, references))
+        table.add_row(_name(record), f"{record['depth']:,}", *shown, speed)
     return table
 
 
@@ -70,8 +76,19 @@ def _memory_table(records: list[Record]) -> Table:
             "" if record["roofline"] is None else f"{record['roofline']:.0%}",
             record["filled"] if "measured_at" not in record else f"as at {record['measured_at']:,}",
         )
-    table.caption = "copied: keys and values of a shorter text, repeated; positioned: a window read at that position"
+    table.caption = "copied: what a shorter text left there, repeated; positioned: a window read at that position"
     table.caption_justify = "left"
+    return table
+
+
+def _store_table(records: list[Record]) -> Table:
+    table = _table("Middle tokens: every decoded token recalls")
+    for name in ("depth", "retrievable", "store", "looking through it, ms per token"):
+        table.add_column(name, justify="right")
+    for record in _by_depth(records):
+        scan = {name: 1e3 * seconds for name, seconds in record["scan_seconds"].items()}
+        retrievable, store = f"{record['n_retrievable']:,}", human_bytes(record["store_bytes"])
+        table.add_row(_name(record), f"{record['depth']:,}", retrievable, store, _spread(scan))
     return table
 
 

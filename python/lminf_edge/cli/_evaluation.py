@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lminf_edge.cli._options import Window
+from lminf_edge.cli._options import GpuLayers, ModelFile, Threads, Window
 from lminf_edge.cli._terminal import find_model
 from lminf_edge.config import LMInfConfig
 from lminf_edge.errors import ConfigError
@@ -39,19 +39,9 @@ Output = Annotated[
 class MethodOptions:
     """Which model is read with which methods."""
 
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="GGUF file, or owner/repository/file.gguf on Hugging Face. Default: SmolLM2-135M-Instruct.",
-            rich_help_panel=_MODEL,
-        ),
-    ] = None
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="Threads. Default: the usable physical cores.", rich_help_panel=_MODEL)
-    ] = None
-    gpu_layers: Annotated[
-        int, typer.Option(min=-1, help="Layers to keep on a GPU; -1 is all.", rich_help_panel=_MODEL)
-    ] = 0
+    model: ModelFile = None
+    threads: Threads = None
+    gpu_layers: GpuLayers = 0
     n_ubatch: Annotated[
         int, typer.Option(min=1, help="Tokens of a micro-batch.", rich_help_panel=_MODEL, metavar="N")
     ] = N_UBATCH

@@ -26,6 +26,20 @@ _N_BATCH = 256
 
 AsJson = Annotated[bool, typer.Option("--json", help="Report as JSON on standard output.")]
 
+ModelFile = Annotated[
+    str | None,
+    typer.Option(
+        help="GGUF file, or owner/repository/file.gguf on Hugging Face. Default: SmolLM2-135M-Instruct.",
+        rich_help_panel=_MODEL,
+    ),
+]
+
+Threads = Annotated[
+    int | None, typer.Option(min=1, help="Threads. Default: the usable physical cores.", rich_help_panel=_MODEL)
+]
+
+GpuLayers = Annotated[int, typer.Option(min=-1, help="Layers to keep on a GPU; -1 is all.", rich_help_panel=_MODEL)]
+
 Window = Annotated[
     int | None,
     typer.Option(
@@ -38,22 +52,12 @@ Window = Annotated[
 class ModelOptions:
     """Which model, and how it runs."""
 
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="GGUF file, or owner/repository/file.gguf on Hugging Face. Default: SmolLM2-135M-Instruct.",
-            rich_help_panel=_MODEL,
-        ),
-    ] = None
+    model: ModelFile = None
     cache_type: Annotated[
         str, typer.Option(help="Type of cached keys and values: f16, q8_0, q4_0 ...", rich_help_panel=_MODEL)
     ] = "f16"
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="Threads. Default: the usable physical cores.", rich_help_panel=_MODEL)
-    ] = None
-    gpu_layers: Annotated[
-        int, typer.Option(min=-1, help="Layers to keep on a GPU; -1 is all.", rich_help_panel=_MODEL)
-    ] = 0
+    threads: Threads = None
+    gpu_layers: GpuLayers = 0
 
     def llama_options(self) -> dict[str, Any]:
         """The keyword arguments of `Llama` that these options stand for."""

@@ -15,7 +15,7 @@ from lminf_edge.cli._options import AsJson, with_option_groups
 from lminf_edge.cli._terminal import find_model, messages, with_exit_codes
 from lminf_edge.evaluation.bench import BenchSettings, run_bench
 from lminf_edge.evaluation.bench.plan import PEERS, RECOMPUTE
-from lminf_edge.evaluation.methods import WITHOUT_STORE
+from lminf_edge.evaluation.methods import METHODS
 from lminf_edge.evaluation.texts import trained_length
 from lminf_edge.evaluation.token_source import vocabulary_of
 
@@ -31,8 +31,8 @@ class BenchMethodOptions(MethodOptions):
     methods: Annotated[
         str,
         typer.Option(
-            help=f"What is compared: some of {', '.join(WITHOUT_STORE)} and {RECOMPUTE} (a sliding window, read "
-            "anew for each token). Default: all but absolute.",
+            help=f"What is compared: some of {', '.join(METHODS)} and {RECOMPUTE} (a sliding window, read "
+            "anew for each token). Default: all but absolute and middle.",
             rich_help_panel=_METHODS,
             show_default=False,
         ),

@@ -9,7 +9,7 @@ from matplotlib.lines import Line2D
 from lminf_edge.evaluation.results import Record
 from lminf_edge.report.drawing import Drawing, listed
 from lminf_edge.report.lines import draw_bars, value_range
-from lminf_edge.report.runs import Run, lines_of, ordered, way_of
+from lminf_edge.report.runs import Run, kept_bytes, lines_of, ordered, way_of
 from lminf_edge.report.style import GREY, add_legend, colour, depth_axis, log_axis, new_figure, places
 from lminf_edge.report.words import method_words, plain_text, source_line, token_count
 from lminf_edge.system import human_bytes
@@ -26,7 +26,7 @@ def decode_speed(run: Run) -> Drawing | None:
         run,
         "decode-speed",
         title,
-        "bench.decode",
+        run.of_kind("bench.decode"),
         "depth",
         ("tokens_per_second", "median"),
         "tokens per second",
@@ -35,9 +35,10 @@ def decode_speed(run: Run) -> Drawing | None:
 
 
 def kv_memory(run: Run) -> Drawing | None:
-    """Keys and values by depth."""
+    """Keys and values by depth, stored ones included."""
+    records = [{**record, "kept_bytes": kept_bytes(record)} for record in run.of_kind("bench.decode")]
     return _by_place(
-        run, "kv-memory", "Memory for keys and values by depth", "bench.decode", "depth", ("kv_bytes", ""),
+        run, "kv-memory", "Memory for keys and values by depth", records, "depth", ("kept_bytes", ""),
         "bytes of keys and values", _DEPTH, lambda value: human_bytes(round(value)),
     )  # fmt: skip
 
@@ -45,7 +46,7 @@ def kv_memory(run: Run) -> Drawing | None:
 def prompt_speed(run: Run) -> Drawing | None:
     """How fast prompts are read."""
     return _by_place(
-        run, "prompt-speed", "Speed of reading a prompt, by its length", "bench.prompt", "n_tokens",
+        run, "prompt-speed", "Speed of reading a prompt, by its length", run.of_kind("bench.prompt"), "n_tokens",
         ("tokens_per_second", "median"), "tokens per second", "length of the prompt, tokens",
     )  # fmt: skip
 
@@ -53,7 +54,7 @@ def prompt_speed(run: Run) -> Drawing | None:
 def first_token(run: Run) -> Drawing | None:
     """How long one waits for the first token."""
     return _by_place(
-        run, "first-token", "Time to the first token, by length of the prompt", "bench.prompt", "n_tokens",
+        run, "first-token", "Time to the first token, by length of the prompt", run.of_kind("bench.prompt"), "n_tokens",
         ("first_token", "median"), "seconds", "length of the prompt, tokens",
     )  # fmt: skip
 
@@ -62,14 +63,13 @@ def _by_place(
     run: Run,
     name: str,
     title: str,
-    kind: str,
+    records: list[Record],
     place: str,
     field: tuple[str, str],
     unit: str,
     label: str,
     words: Callable[[float], str] = lambda value: f"{value:,.6g}",
 ) -> Drawing | None:
-    records = run.of_kind(kind)
     lines = lines_of(records, lambda record: float(record[place]), *field)
     if not lines:
         return None

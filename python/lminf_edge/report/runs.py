@@ -109,6 +109,11 @@ def way_of(record: Record) -> Way:
     return Way(record["method"], record["cache_type"])
 
 
+def kept_bytes(record: Record) -> int:
+    """Bytes of keys and values, in the cache and in the store of middle tokens."""
+    return int(record["kv_bytes"]) + int(record.get("store_bytes", 0))
+
+
 def ordered(ways: Iterable[Way]) -> list[Way]:
     """Each once: by method, then by type of cache, the more exact ones first."""
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from lminf_edge.evaluation.results import Record
 from lminf_edge.report.buckets import combined, mean_of
-from lminf_edge.report.runs import Run, Way, ordered, way_of
+from lminf_edge.report.runs import Run, Way, kept_bytes, ordered, way_of
 from lminf_edge.report.words import half_words, interval_words, method_words, plain_text, token_count, way_words
 from lminf_edge.system import human_bytes
 
@@ -33,8 +33,9 @@ class Table:
 def tables_of(run: Run) -> list[Table]:
     """All tables that there are records for."""
     makers = (
-        _loss_ratios, _losses, _losses_by_position, _speed_ratios, _decoding, _latencies, _prompts, _bandwidth,
-        _peers, _skipped, _passkeys, _passkey_depths, _passkey_distances, _answers,
+        _loss_ratios, _losses, _losses_by_position, _speed_ratios, _decoding, _stores, _latencies, _prompts,
+        _bandwidth, _peers, _skipped, _passkeys, _passkey_depths,
+        _passkey_distances, _answers,
     )  # fmt: skip
     return [table for maker in makers for table in maker(run) if table.rows]
 
@@ -123,20 +124,26 @@ def _speed_ratios(run: Run) -> Iterator[Table]:
     decoded = {(record["depth"], way_of(record)): record for record in run.of_kind("bench.decode")}
     rows = []
     for (depth, way), record in _by_place(decoded):
-        other = record.get("of")
-        if record.get("ratio") is None or other is None or "method" not in other:
-            continue
-        against = Way(str(other["method"]), str(other.get("cache_type", "")))
-        reference = decoded.get((depth, against))
-        memory = f"{reference['kv_bytes'] / record['kv_bytes']:,.2f}" if reference and record["kv_bytes"] else "-"
-        rows.append(
-            (f"{token_count(depth)}: {way_words(way)}", way_words(against), interval_words(record["ratio"], 2), memory)
-        )
+        for against, ratio in _compared(record):
+            reference = decoded.get((depth, against))
+            kept = kept_bytes(record)
+            memory = f"{kept_bytes(reference) / kept:,.2f}" if reference and kept else "-"
+            name = f"{token_count(depth)}: {way_words(way)}"
+            rows.append((name, way_words(against), interval_words(ratio, 2), memory))
     yield Table(
         caption="Decoding speed against the other's, in turns in the same run: median (lowest to highest round)",
         header=("depth and method", "compared with", "times as fast", "times less memory for keys and values"),
         rows=tuple(rows),
     )
+
+
+def _compared(record: Record) -> Iterator[tuple[Way, Record]]:
+    """What a speed is compared with, and the ratio."""
+    other = record.get("of")
+    if record.get("ratio") is not None and other is not None and "method" in other:
+        yield Way(str(other["method"]), str(other.get("cache_type", ""))), record["ratio"]
+    if record.get("ratio_to_endless") is not None:
+        yield Way("endless", str(record["cache_type"])), record["ratio_to_endless"]
 
 
 def _by_place(records: dict[tuple[int, Way], Record]) -> list[tuple[tuple[int, Way], Record]]:
@@ -168,6 +175,27 @@ def _decoding(run: Run) -> Iterator[Table]:
         ),
         rows=tuple(rows),
     )  # fmt: skip
+
+
+def _stores(run: Run) -> Iterator[Table]:
+    decoded = {
+        (record["depth"], way_of(record)): record for record in run.of_kind("bench.decode") if record.get("store_bytes")
+    }
+    if not decoded:
+        return
+    yield Table(
+        caption="Middle tokens, when every decoded token recalls: median (lowest to highest round)",
+        header=("depth and method", "retrievable tokens", "store", "looking through it, ms a token"),
+        rows=tuple(
+            (
+                f"{token_count(depth)}: {way_words(way)}",
+                f"{record['n_retrievable']:,}",
+                human_bytes(record["store_bytes"]),
+                interval_words(record["scan_seconds"], 2, 1000),
+            )
+            for (depth, way), record in _by_place(decoded)
+        ),
+    )
 
 
 def _latencies(run: Run) -> Iterator[Table]:

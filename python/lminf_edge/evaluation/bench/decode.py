@@ -97,14 +97,14 @@ class DecodeBench:
     def _open_all(self, stack: ExitStack) -> list[Station]:
         stations: list[Station] = []
         state: bytes | None = None
-        if any(place.filled == "copied" for place in self._places):
+        if any(place.filled == "copied" and place.method == "full" for place in self._places):
             state = self._read_state()
         for place in self._places:
             if _key_of(place) in self._skipped:
                 continue
             self._on_progress(f"going there: {place.name}")
             try:
-                station = ModelStation(self._settings, place, self._tokens, state)
+                station = ModelStation(self._settings, place, self._tokens, state, self._on_progress)
             except IMPOSSIBLE as error:
                 self._skip(place, str(error))
                 continue
@@ -181,7 +181,7 @@ class DecodeBench:
         self._skipped.add(_key_of(place))
 
     def _summarise(self, station: Station, place: Place, footprint: Footprint) -> None:
-        times = self._seconds_per_token(_key_of(station.place))
+        times = self._per_token(_key_of(station.place), "seconds")
         speed = spread_of([1 / seconds for seconds in times.values()])
         n_bytes = self._bytes_per_token(station, place, footprint)
         reference = self._reference(station.place, place)
@@ -198,12 +198,18 @@ class DecodeBench:
         }
         if place.depth != station.place.depth:
             record["measured_at"] = station.place.depth
+        if place.method == "middle":
+            endless = self._ratio(times, ("endless", place.cache_type, place.depth))
+            record["ratio_to_endless"] = None if endless is None else asdict(endless)
+            scans = self._per_token(_key_of(place), "scan_seconds")
+            record["scan_seconds"] = asdict(spread_of(list(scans.values())))
         self._log.add("bench.decode", **record)
 
     def _bytes_per_token(self, station: Station, place: Place, footprint: Footprint) -> int | None:
         if isinstance(station, PeerStation):
             return station.model.weight_bytes + footprint.kv_bytes
-        return bytes_per_token(self._settings, place, self._step)
+        n_bytes = bytes_per_token(self._settings, place, self._step)
+        return None if n_bytes is None else n_bytes + footprint.scan_bytes
 
     def _reference(self, measured: Place, place: Place) -> _Key | None:
         """What a place is compared with: full attention at its depth, or the near depth for the far one."""
@@ -218,14 +224,14 @@ class DecodeBench:
 
     def _ratio(self, times: dict[int, float], reference: _Key) -> Spread | None:
         """How much faster than the reference, in the rounds in which both had a turn."""
-        others = self._seconds_per_token(reference)
+        others = self._per_token(reference, "seconds")
         common = sorted(times.keys() & others.keys())
         return spread_of([others[number] / times[number] for number in common]) if common else None
 
-    def _seconds_per_token(self, key: _Key) -> dict[int, float]:
-        """By round."""
+    def _per_token(self, key: _Key, seconds: str) -> dict[int, float]:
+        """Seconds that a token took, or a part of them, by round."""
         return {
-            record["round"]: record["seconds"] / record["n_tokens"]
+            record["round"]: record[seconds] / record["n_tokens"]
             for record in self._log.of_kind("bench.round")
             if _key(record) == key
         }

@@ -18,7 +18,8 @@ RECOMPUTE = "recompute"
 PEERS = ("attention-sinks",)
 """Other programs that can be measured beside."""
 
-ENDLESS_METHODS = ("endless", "absolute")
+ENDLESS_METHODS = ("endless", "absolute", "middle")
+"""Methods that go on at any position as they would at another one."""
 
 N_DECODE_MAX = LMInfConfig.n_rollback - 2
 """A turn is taken back after it."""
@@ -39,7 +40,7 @@ class BenchSettings:
         far: A position far beyond the others for methods without end. None: none.
         rounds: How often each method has its turn.
         n_decode: Tokens of a turn, unless they take too long.
-        n_read: Deeper plain contexts are filled by copying what was read up to here.
+        n_read: Deeper plain contexts, and stores of middle tokens, are filled by copying what was read up to here.
         prompts: Lengths of prompts.
         prompt_rounds: How often each prompt is read.
         n_latency: Tokens that are timed one by one. 0: none.
@@ -65,8 +66,8 @@ class BenchSettings:
     peer_python: str | None = None
 
     def __post_init__(self) -> None:
-        if "middle" in self.setup.methods:
-            raise ConfigError("methods: what middle tokens cost is measured by benchmarks/recall.py, not here")
+        if "middle" in self.setup.methods and self.setup.middle.path is not None:
+            raise ConfigError("store_path: every depth has a store of its own here, in memory")
         for name in ("depths", "prompts"):
             values = getattr(self, name)
             if len(set(values)) < len(values):
@@ -110,8 +111,9 @@ class Place:
         method: Its name.
         cache_type: Type of cached keys and values.
         depth: Tokens so far.
-        filled: How it gets there: "read"; "copied": what was read is repeated; "positioned": it goes on there and
-            reads a window; "anew": it reads all it sees for each token.
+        filled: How it gets there: "read"; "copied": what was read is repeated, in a plain context or in a store of
+            middle tokens; "positioned": it goes on there and reads a window; "anew": it reads all it sees for each
+            token.
         same_at: Further depths for which the measurement holds, because the method is the same there.
     """
 
@@ -134,7 +136,9 @@ def decode_places(settings: BenchSettings, cache_type: str) -> list[Place]:
     for method in setup.methods:
         if method in ENDLESS_METHODS:
             more = {settings.near} if settings.far is None else {settings.near, settings.far}
-            places += [_endless_place(setup, method, cache_type, depth) for depth in sorted({*settings.depths, *more})]
+            places += [
+                _endless_place(settings, method, cache_type, depth) for depth in sorted({*settings.depths, *more})
+            ]
         elif method == "full":
             for depth in sorted(settings.depths):
                 filled = "read" if depth <= settings.n_read else "copied"
@@ -185,11 +189,14 @@ def at_each_depth(place: Place) -> list[Place]:
     return [place, *(replace(place, depth=depth, same_at=()) for depth in place.same_at)]
 
 
-def _endless_place(setup: MethodSetup, method: str, cache_type: str, depth: int) -> Place:
+def _endless_place(settings: BenchSettings, method: str, cache_type: str, depth: int) -> Place:
+    setup = settings.setup
     n_begin = setup.n_sink + 64
     n_cells = setup.n_window + LMInfConfig.n_rollback + setup.n_ubatch
-    filled = "read" if depth <= n_begin + n_cells else "positioned"
-    return Place(method=method, cache_type=cache_type, depth=depth, filled=filled)
+    n_read, otherwise = n_begin + n_cells, "positioned"
+    if method == "middle":
+        n_read, otherwise = max(n_read, settings.n_read), "copied"
+    return Place(method=method, cache_type=cache_type, depth=depth, filled="read" if depth <= n_read else otherwise)
 
 
 def _same_place(method: str, cache_type: str, depths: tuple[int, ...], n_first: int, filled: str) -> list[Place]:

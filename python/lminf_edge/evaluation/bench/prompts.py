@@ -95,5 +95,6 @@ def _summarise(of: Pass, n_tokens: int, log: ResultLog) -> None:
         tokens_per_second=asdict(spread_of([n_tokens / record["seconds"] for record in rounds])),
         first_token=asdict(spread_of([record["first_token"] for record in rounds])),
         kv_bytes=rounds[-1]["kv_bytes"],
+        store_bytes=rounds[-1].get("store_bytes", 0),
         resident_bytes=max(record["resident_bytes"] for record in rounds),
     )

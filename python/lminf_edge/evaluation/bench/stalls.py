@@ -10,7 +10,7 @@ import numpy as np
 
 from lminf_edge.evaluation.bench import work
 from lminf_edge.evaluation.bench.plan import BenchSettings
-from lminf_edge.evaluation.bench.stations import IMPOSSIBLE, last_of
+from lminf_edge.evaluation.bench.stations import IMPOSSIBLE, fill_store, last_of
 from lminf_edge.evaluation.bench.work import STALLS, Tokens
 from lminf_edge.evaluation.methods import Pass
 from lminf_edge.evaluation.reader import StreamReader
@@ -26,7 +26,7 @@ def measure_latency(
     """Times single tokens of every method that goes on without end, with every type of cache.
 
     An endless sequence is timed around its first rebase, a shifted context around a shift, so that each is among the
-    tokens, however few they are.
+    tokens, however few they are. With a store of middle tokens, each of them recalls from what came before.
 
     Args:
         settings: The settings.
@@ -75,6 +75,8 @@ def _measure(
         if of.method == "shift":
             n_used = max(settings.setup.n_sink + 1, settings.n_shift - n // 2)
             last_of(reader.run(work.shift_to, tokens, n_used, depth))
+        elif of.method == "middle":
+            fill_store(settings.setup, reader, tokens, depth, on_progress)
         else:
             last_of(reader.run(work.jump_to, tokens, depth))
         for timed in reader.run(work.time_tokens, tokens, n):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -14,6 +15,7 @@ from lminf_edge.evaluation.bench import work
 from lminf_edge.evaluation.bench.plan import RECOMPUTE, BenchSettings, Place, model_options
 from lminf_edge.evaluation.bench.step_bytes import plain_context_bytes
 from lminf_edge.evaluation.bench.work import Footprint, Tokens, Turn
+from lminf_edge.evaluation.methods import MethodSetup
 from lminf_edge.evaluation.peers.protocol import Peer, PeerModel, peer_command
 from lminf_edge.evaluation.reader import StreamReader
 from lminf_edge.system import default_n_threads, human_bytes
@@ -51,18 +53,26 @@ class ModelStation:
     """A model at a depth.
 
     Attributes:
-        place: Where it is.
+        place: Where it is, and how it got there.
         reader: The process.
     """
 
-    def __init__(self, settings: BenchSettings, place: Place, tokens: Tokens, state: bytes | None = None) -> None:
+    def __init__(
+        self,
+        settings: BenchSettings,
+        place: Place,
+        tokens: Tokens,
+        state: bytes | None = None,
+        on_progress: Callable[[str], object] = lambda _: None,
+    ) -> None:
         """Opens the model and goes to its depth.
 
         Args:
             settings: The settings.
             place: The place.
             tokens: The text to read.
-            state: What a plain context has read, for a place that is filled by copying.
+            state: What a plain context has read, for a place where another one is filled by copying.
+            on_progress: Called with what is being done now, if it takes long.
 
         Raises:
             ContextError: There is not enough memory for it.
@@ -74,16 +84,19 @@ class ModelStation:
         check_memory(settings, place)
         self.reader = StreamReader(model_options(settings, place))
         try:
-            self._fill(state)
+            self._fill(state, on_progress)
         except BaseException:
             self.close()
             raise
 
-    def _fill(self, state: bytes | None) -> None:
+    def _fill(self, state: bytes | None, on_progress: Callable[[str], object]) -> None:
         place, reader = self.place, self.reader
         if place.method == RECOMPUTE:
             return
-        if place.filled == "copied":
+        if place.filled == "copied" and place.method == "middle":
+            filled = fill_store(self._settings.setup, reader, self._tokens, place.depth, on_progress)
+            self.place = replace(place, filled=filled)
+        elif place.filled == "copied":
             assert state is not None
             last_of(reader.run(work.copy_to, state, place.depth))
         elif place.method == "shift":
@@ -180,6 +193,40 @@ def check_memory(settings: BenchSettings, place: Place) -> None:
             f"{n_bytes / 1e9:.1f} GB of keys and values: filling them takes {human_bytes(needed)}, "
             f"{human_bytes(free)} are free"
         )
+
+
+def fill_store(
+    setup: MethodSetup, reader: StreamReader, tokens: Tokens, depth: int, on_progress: Callable[[str], object]
+) -> str:
+    """Goes to a depth at which the store of middle tokens holds all that came before, as far as it can.
+
+    Args:
+        setup: What is compared.
+        reader: A process with a store.
+        tokens: The text to read.
+        depth: The depth.
+        on_progress: Called with how far it has come, if it has to read all of that.
+
+    Returns:
+        "copied", or "read" where a model's state does not allow that.
+
+    Raises:
+        ContextError: There is not enough memory for it.
+    """
+    n_bytes = min(depth, setup.middle.max_tokens) * last_of(reader.run(work.store_row_bytes))
+    free = free_bytes()
+    if free is not None and 2 * n_bytes + _MARGIN > free:
+        raise ContextError(
+            f"{n_bytes / 1e9:.1f} GB of middle tokens: filling the store takes {human_bytes(2 * n_bytes + _MARGIN)}, "
+            f"{human_bytes(free)} are free"
+        )
+    try:
+        last_of(reader.run(work.copy_store_to, tokens, depth))
+    except UnsupportedModelError:
+        for n_past in reader.run(work.read_store_to, tokens, depth):
+            on_progress(f"going there: reading for the store, {n_past:,} of {depth:,} tokens")
+        return "read"
+    return "copied"
 
 
 def free_bytes() -> int | None:

@@ -1,7 +1,8 @@
 """What `bench` lets a model's process do: go to a depth, decode in turns, read prompts, time single tokens.
 
 Decoding is measured with given tokens, the same ones for every method: one token goes through the model, and the logits
-after it are there. Drawing a token from them takes as long for every method.
+after it are there. Drawing a token from them takes as long for every method. With a store of middle tokens, every token
+that is decoded recalls.
 """
 
 from __future__ import annotations
@@ -15,10 +16,13 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from lminf_edge.errors import StateError
+from lminf_edge.errors import StateError, UnsupportedModelError
 from lminf_edge.evaluation.bench.copied_state import repeated_state
+from lminf_edge.evaluation.bench.copied_store import with_repeated_rows
 from lminf_edge.evaluation.context_shift import ShiftingSequence
+from lminf_edge.evaluation.reader import has_store
 from lminf_edge.llama import Llama
+from lminf_edge.middle import N_QUESTION
 from lminf_edge.sampling import SamplingOptions
 from lminf_edge.sequence import SequenceState
 
@@ -29,6 +33,9 @@ N_AT_LEAST = 4
 
 STALLS = ("shift", "rebase", "placement", "eviction", "other")
 """What a token may have to wait for. It counts under the first of these that happened."""
+
+_STORE_BLOCKS = {"f32": (1, 4), "f16": (1, 2), "q8_0": (32, 34), "q4_0": (32, 18)}
+"""Weights in a block of a store's type, and its bytes."""
 
 _N_WARM_UP = 32
 _N_PIECE = 64
@@ -41,10 +48,12 @@ class Turn:
     Attributes:
         n_tokens: How many.
         seconds: How long they took together.
+        scan_seconds: How much of that went into looking through the store of middle tokens.
     """
 
     n_tokens: int
     seconds: float
+    scan_seconds: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,12 +61,18 @@ class Footprint:
     """What a process keeps in memory.
 
     Attributes:
-        kv_bytes: Bytes of keys and values.
-        resident_bytes: Memory of the process that is in RAM, mapped model files included.
+        kv_bytes: Bytes of keys and values in the cache.
+        resident_bytes: Memory of the process that is in RAM, mapped model files and the store included.
+        store_bytes: Bytes of the store of middle tokens.
+        n_retrievable: Stored tokens that have left the window: what a token looks through that recalls.
+        scan_bytes: Bytes of their keys.
     """
 
     kv_bytes: int
     resident_bytes: int
+    store_bytes: int = 0
+    n_retrievable: int = 0
+    scan_bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +137,29 @@ def copy_to(llm: Llama, state: bytes, depth: int) -> Iterator[int]:
     yield llm.n_past
 
 
+def store_row_bytes(llm: Llama) -> Iterator[int]:
+    """Bytes of a token in the store of middle tokens."""
+    yield llm._context.middle_stats().n_bytes_token
+
+
+def copy_store_to(llm: Llama, tokens: Tokens, depth: int) -> Iterator[int]:
+    """Goes to a position of a sequence with a store, which then has a row for every token that it can have one for."""
+    yield from jump_to(llm, tokens, depth)
+    with llm._sequence.exclusive():
+        cells = with_repeated_rows(llm._sequence.save().cells, _row_sizes(llm))
+        llm._sequence.load(SequenceState(cells=cells, logits=None, history=None))
+    yield llm.n_past
+
+
+def read_store_to(llm: Llama, tokens: Tokens, depth: int) -> Iterator[int]:
+    """The same by reading: from the beginning, or from where the store's oldest token is."""
+    config = llm.config
+    assert config is not None and config.middle is not None
+    llm.reset()
+    yield from jump_to(llm, tokens, max(0, depth - config.middle.max_tokens))
+    yield from read_to(llm, tokens, depth)
+
+
 def shift_to(llm: Llama, tokens: Tokens, n_used: int, depth: int) -> Iterator[int]:
     """Reads until a context was shifted and n_used of its cells are in use; its text is then said to have a length."""
     sequence = llm._sequence
@@ -144,15 +182,17 @@ def decode_turn(llm: Llama, tokens: Tokens, depth: int, n_tokens: int, max_secon
         except StateError:
             depth = llm.n_past
     given = circle(tokens, depth, n_tokens + 1)
-    _step(llm, given[:1])
+    recall = has_store(llm)
+    _step(llm, given[:1], recall)
     n_done, seconds = 0, 0.0
+    scanned = _scan_seconds(llm)
     with _undisturbed():
         begin = time.perf_counter()
         while n_done < n_tokens and (n_done < N_AT_LEAST or seconds < max_seconds):
-            _step(llm, given[n_done + 1 : n_done + 2])
+            _step(llm, given[n_done + 1 : n_done + 2], recall)
             n_done += 1
             seconds = time.perf_counter() - begin
-    yield Turn(n_tokens=n_done, seconds=seconds)
+    yield Turn(n_tokens=n_done, seconds=seconds, scan_seconds=_scan_seconds(llm) - scanned)
 
 
 def recompute_turn(llm: Llama, tokens: Tokens, n_window: int) -> Iterator[Turn]:
@@ -169,18 +209,27 @@ def recompute_turn(llm: Llama, tokens: Tokens, n_window: int) -> Iterator[Turn]:
 def footprint(llm: Llama) -> Iterator[Footprint]:
     """What the process keeps in memory now."""
     stats = llm.memory_stats()
-    yield Footprint(kv_bytes=stats.kv_bytes, resident_bytes=stats.resident_bytes)
+    key, value = _head_sizes(llm)
+    yield Footprint(
+        kv_bytes=stats.kv_bytes,
+        resident_bytes=stats.resident_bytes,
+        store_bytes=stats.store_bytes,
+        n_retrievable=stats.n_retrievable,
+        scan_bytes=stats.n_retrievable * llm._context.middle_stats().n_bytes_token * key // (key + value),
+    )
 
 
 def read_prompt(llm: Llama, tokens: Tokens, n_tokens: int) -> Iterator[PromptTurn]:
-    """Reads a prompt and draws the first token of an answer."""
+    """Reads a prompt and draws the first token of an answer. With a store, its last `N_QUESTION` tokens recall."""
     _step(llm, circle(tokens, 0, min(n_tokens, _N_WARM_UP)))
     llm.reset()
     prompt = circle(tokens, 0, n_tokens)
     sampler = SamplingOptions().sampler(llm._model, 0)
     with _undisturbed():
         begin = time.perf_counter()
-        _step(llm, prompt)
+        if has_store(llm) and n_tokens > N_QUESTION:
+            _append(llm, prompt[:-N_QUESTION])
+        _step(llm, prompt[-N_QUESTION:] if has_store(llm) else prompt, has_store(llm))
         read = time.perf_counter()
         sampler.sample(llm._context)
         drawn = time.perf_counter()
@@ -189,7 +238,8 @@ def read_prompt(llm: Llama, tokens: Tokens, n_tokens: int) -> Iterator[PromptTur
 
 def time_tokens(llm: Llama, tokens: Tokens, n_tokens: int) -> Iterator[TimedTokens]:
     """Decodes token by token and tells what each had to wait for."""
-    _step(llm, circle(tokens, llm.n_past, 1))
+    recall = has_store(llm)
+    _step(llm, circle(tokens, llm.n_past, 1), recall)
     before = _counters(llm)
     for begin in range(0, n_tokens, _N_PIECE):
         given = circle(tokens, llm.n_past, min(_N_PIECE, n_tokens - begin))
@@ -197,7 +247,7 @@ def time_tokens(llm: Llama, tokens: Tokens, n_tokens: int) -> Iterator[TimedToke
         with _undisturbed():
             for i in range(given.size):
                 clock = time.perf_counter()
-                _step(llm, given[i : i + 1])
+                _step(llm, given[i : i + 1], recall)
                 seconds.append(time.perf_counter() - clock)
                 after = _counters(llm)
                 stalls.append(_stall(before, after))
@@ -222,15 +272,39 @@ def circle(tokens: Tokens, begin: int, n_tokens: int) -> Tokens:
     return tokens[np.arange(begin, begin + n_tokens) % tokens.size]
 
 
-def _append(llm: Llama, tokens: Tokens) -> None:
+def _append(llm: Llama, tokens: Tokens, recall: bool = False) -> None:
     with llm._sequence.exclusive():
-        llm._sequence.append(tokens)
+        llm._sequence.append(tokens, recall=llm._recall_mode(recall))
 
 
-def _step(llm: Llama, tokens: Tokens) -> None:
+def _step(llm: Llama, tokens: Tokens, recall: bool = False) -> None:
     """Appends tokens and waits for the logits of the last one (a GPU computes on after llama.cpp's call)."""
-    _append(llm, tokens)
+    _append(llm, tokens, recall)
     llm._context.last_logits()
+
+
+def _scan_seconds(llm: Llama) -> float:
+    return llm._context.middle_stats().scan_seconds
+
+
+def _head_sizes(llm: Llama) -> tuple[int, int]:
+    """Components of a head's key and value."""
+    metadata = llm.metadata
+    arch, usual = metadata["general.architecture"], llm._model.n_embd // max(1, llm._model.n_head)
+    key, value = (metadata.get(f"{arch}.attention.{name}_length", "") for name in ("key", "value"))
+    return int(key or usual), int(value or usual)
+
+
+def _row_sizes(llm: Llama) -> list[int]:
+    """Bytes of a key's and a value's row in the store of middle tokens, for each layer and head."""
+    assert llm.config is not None and llm.config.middle is not None
+    begin, end = llm.config.middle.layers
+    n_layers = min(end or llm._model.n_layer, llm._model.n_layer) - begin
+    n_weights, n_bytes = _STORE_BLOCKS[llm.config.middle.cache_type]
+    sizes = [n // n_weights * n_bytes for n in _head_sizes(llm)] * (n_layers * llm._model.n_head_kv)
+    if sum(sizes) != llm._context.middle_stats().n_bytes_token:
+        raise UnsupportedModelError("the layers of this model are not all alike: its store cannot be filled by copying")
+    return sizes
 
 
 def _counters(llm: Llama) -> tuple[int, int, int, int]:

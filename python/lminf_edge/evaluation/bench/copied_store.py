@@ -1,0 +1,70 @@
+"""Stores of middle tokens of any length without reading a text of that length: rows of what was read are repeated.
+
+How long a token takes to look through a store depends on how many keys are in it, not on what they are. So a sequence
+goes on shortly before its depth and reads a window there, and the rows that the store then has are repeated in its
+saved state (`lminf_kv_cache::state_write()` in `src/lminf-kv-cache-state.cpp`, `write_middle()` in
+`src/lminf-kv-cache-middle.cpp`):
+
+    magic number, sequence
+    magic number, version, 15 parameters, number of sequences (1)
+    how many numbers the books have (`lminf_sequence::save()`), and these: the first is the position of the next token,
+        the eighth the first position whose row was not overwritten, the ninth the first one that has a row at all
+    cells of the window
+    number of rows, 0 for a store in memory
+    for each layer and each of its KV heads: the rows of all keys, then those of all values, oldest first
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+
+from lminf_edge.errors import UnsupportedModelError
+
+_HEADER = struct.Struct("<8xII15qIQ")
+_BOOKS = struct.Struct("<9q")
+_ROWS = struct.Struct("<QQ")
+
+_MAGIC = 0x464E494C
+_VERSION = 2
+
+_I_SKIPPED = 8
+"""Place in the books of the first position that has a row."""
+
+
+def with_repeated_rows(state: bytes, row_sizes: Sequence[int]) -> bytes:
+    """The same sequence with a store that has a row for every token before it, or as many as the store can have.
+
+    Args:
+        state: Of a sequence that was read from some position on, with its store in memory.
+        row_sizes: Bytes of a row of keys and of one of values for each layer and head, in the order of the state.
+
+    Returns:
+        Its state if all before that position had been read, too, in which rows are repeated.
+
+    Raises:
+        UnsupportedModelError: The state is of another version, or has something else behind the rows, as that of a
+            model with sliding or recurrent layers.
+    """
+    if len(state) < _HEADER.size + _BOOKS.size:
+        raise _unknown_format()
+    magic, version, *_, n_sequences, n_books = _HEADER.unpack_from(state)
+    if (magic, version, n_sequences) != (_MAGIC, _VERSION, 1) or n_books < 9:
+        raise _unknown_format()
+    n_past, *_, n_lost, n_skipped = _BOOKS.unpack_from(state, _HEADER.size)
+    n_rows, n_wanted = n_past - max(n_lost, n_skipped), n_past - n_lost
+    begin = len(state) - n_rows * sum(row_sizes)
+    if n_rows < 1 or begin < _ROWS.size or _ROWS.unpack_from(state, begin - _ROWS.size) != (n_rows, 0):
+        raise _unknown_format()
+    at = _HEADER.size + 8 * _I_SKIPPED
+    parts = [state[:at], bytes(8), state[at + 8 : begin - _ROWS.size], _ROWS.pack(n_wanted, 0)]
+    n_times, n_more = divmod(n_wanted, n_rows)
+    for size in row_sizes:
+        rows = state[begin : begin + n_rows * size]
+        parts += [*([rows] * n_times), rows[: n_more * size]]
+        begin += n_rows * size
+    return b"".join(parts)
+
+
+def _unknown_format() -> UnsupportedModelError:
+    return UnsupportedModelError("the store of this model cannot be filled by copying: its state has another format")
