@@ -76,7 +76,7 @@ void lminf_kv_cache::begin_middle(const llama_ubatch & ubatch) {
         for (uint32_t i = 0; i < part.n; ++i) {
             const int64_t p = seq.n_past + i;
 
-            const auto [begin, end] = seq.middle(p);
+            const auto [begin, end] = seq.middle(p, group->recall == LMINF_RECALL_GATED);
             tokens.push_back({ part.seq_id, p, begin, end, -1 });
             any = any || begin < end;
         }
@@ -105,6 +105,15 @@ void lminf_kv_cache::build_middle_inputs(ggml_context * ctx, const llama_ubatch 
 }
 
 void lminf_kv_cache::set_middle_inputs(const llama_ubatch & ubatch) const {
+    for (const auto & part : parts(ubatch)) {
+        const auto & seq = seqs[part.seq_id];
+
+        std::vector<int64_t> keys(policy.n_cells(), INT64_MAX);
+        for (int64_t cell = policy.n_sink_cells(); middle->recalls && cell < policy.n_cells(); ++cell) {
+            keys[cell] = seq.key_at(cell);
+        }
+        middle->recall.set_cells(part.seq_id, std::move(keys));
+    }
     std::vector<int32_t> neg_pos;
     std::vector<int32_t> q_shift;
     for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {

@@ -40,6 +40,7 @@ static lminf_policy make_policy(
     res.n_rebase   = params.n_rebase;
     res.n_pinned   = params.n_sink;
     res.n_middle   = is_swa || params.middle.k == 0 ? 0 : params.middle.max_tokens;
+    res.n_near     = params.middle.distance;
     res.n_reach    = std::max(params.n_window, hparams.swa_type != LLAMA_SWA_TYPE_NONE ? hparams.n_swa : 0);
     res.kept_order = params.sink_order == LMINF_SINK_ORDER_KEPT;
     res.chunked    = swa_type == LLAMA_SWA_TYPE_CHUNKED;

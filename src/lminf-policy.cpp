@@ -36,8 +36,12 @@ int64_t lminf_policy::distance(int64_t p, int64_t j) const {
     return p - (j < n_sink ? sink_pos(j, sink_shift(p)) : j);
 }
 
+int64_t lminf_policy::near_begin(int64_t p) const {
+    return std::max(window_begin(p), p - n_near + 1);
+}
+
 bool lminf_policy::retrievable(int64_t p, int64_t j) const {
-    return j >= middle_begin(p) && j < window_begin(p);
+    return j >= middle_begin(p) && j < near_begin(p);
 }
 
 int64_t lminf_policy::middle_begin(int64_t p) const {

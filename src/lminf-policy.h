@@ -21,6 +21,7 @@ struct lminf_policy {
     int64_t n_pinned   = 4;    // the first tokens, which forgetting the oldest part of the window spares (n_sink of the model)
     int64_t n_reach    = 2048; // the largest n_window of all layers of the model: they are rebased together
     int64_t n_middle   = 0;    // tokens that can be recalled, the newest ones (0: nothing is stored for that)
+    int64_t n_near     = 2048; // D: keys that a query sees of its window when it recalls: those nearer than recalled ones
     bool    kept_order = false;
     bool    chunked    = false; // a query sees its own chunk of n_window tokens only (Llama 4), instead of a sliding window
     bool    alibi      = false; // no RoPE: the bias is computed for each query, so sink tokens need no copies
@@ -55,11 +56,14 @@ struct lminf_policy {
     // middle tokens (section 4, "re-introducing a few middle tokens"): what a query can recall
     //
 
-    // Query p can recall key j: it is no sink token, has left the window, and is one of the newest n_middle tokens. So of these
+    // A query that recalls sees its window from here on. Recalled keys all stand at distance D, behind what it sees.
+    int64_t near_begin(int64_t p) const;
+
+    // Query p can recall key j: it is no sink token, none that it sees then, and one of the newest n_middle tokens. So of these
     // every token is either visible or can be recalled.
     bool retrievable(int64_t p, int64_t j) const;
 
-    int64_t middle_begin(int64_t p) const; // the oldest one that query p can recall: these are [middle_begin, window_begin)
+    int64_t middle_begin(int64_t p) const; // the oldest one that query p can recall: these are [middle_begin, near_begin)
 
     // The store has a slot for each of them, and for those that a rollback or an aborted micro-batch could bring back.
     int64_t n_slots() const;

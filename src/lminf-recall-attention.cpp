@@ -75,11 +75,14 @@ void lminf_recall::compute_window(ggml_tensor * dst, int ith, int nth, void * da
         }
         const char * visible = element(mask, token % n_stream_tokens, 0, stream);
 
+        const auto & recalling = op.self->tokens.at(token);
+        const auto & keys      = op.self->cells.at(recalling.seq);
+
         const int64_t end = n_kv*(split + 1)/n_split;
         for (int64_t cell = n_kv*split/n_split; cell < end;) {
             cells.clear();
             for (; cell < end && (int64_t) cells.size() < N_TILE; ++cell) {
-                if (mask_at(mask, visible, cell) > -INFINITY) {
+                if (mask_at(mask, visible, cell) > -INFINITY && keys[cell] >= recalling.end) {
                     cells.push_back(cell);
                 }
             }

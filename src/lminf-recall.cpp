@@ -41,6 +41,10 @@ void lminf_recall::begin(std::vector<lminf_recall_token> tokens, bool recalls, b
     }
 }
 
+void lminf_recall::set_cells(int64_t seq, std::vector<int64_t> keys) {
+    cells[seq] = std::move(keys);
+}
+
 void lminf_recall::clear_records() {
     recorded.clear();
 }

@@ -15,6 +15,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <utility>
 #include <vector>
@@ -23,7 +24,7 @@
 struct lminf_recall_token {
     int64_t seq;
     int64_t pos;
-    int64_t begin; // it can recall keys [begin, end)
+    int64_t begin; // it can recall keys [begin, end), and sees none of them
     int64_t end;
     int64_t record; // where to put down what it recalls; -1: nowhere. The last one of each sequence is recorded
 };
@@ -52,6 +53,9 @@ public:
     // With candidates: the keys of slots [slot, slot + n), some hundred, tell the mean of all keys if there is none yet. Sketches
     // are made from then on, and of these keys.
     void find_means(int64_t seq, int64_t slot, int64_t n);
+
+    // Positions of the keys in a sequence's cells as attend() finds them; INT64_MAX for those of sink tokens.
+    void set_cells(int64_t seq, std::vector<int64_t> keys);
 
     // Stores the rows of this micro-batch when the result is computed, which has the data of cur. Keys: F32 [n_embd, n_head,
     // n_tokens], at position 0.
@@ -103,6 +107,7 @@ private:
     const int64_t              n_candidates;
 
     std::vector<lminf_recall_token> tokens;
+    std::map<int64_t, std::vector<int64_t>> cells; // [sequence]
     bool gated      = false;
     bool is_checked = false;
 

@@ -81,6 +81,8 @@ void lminf_sequence::remove(int64_t j0, int64_t j1) {
     n_past = std::max<int64_t>(0, j0);
     oldest = std::min(oldest, std::max(n_past, policy->n_pinned));
 
+    n_evicted = std::min(n_evicted, std::max(n_past, policy->n_sink)); // keys that are still to come are not
+
     n_skipped = std::min(n_skipped, n_past);
 
     for (auto & j : ring) {
@@ -112,11 +114,13 @@ void lminf_sequence::set_position(int64_t pos) {
     }
 }
 
-std::pair<int64_t, int64_t> lminf_sequence::middle(int64_t p) const {
+std::pair<int64_t, int64_t> lminf_sequence::middle(int64_t p, bool gated) const {
     const int64_t begin = std::max(policy->middle_begin(p), stored().first);
     const int64_t end   = policy->n_middle > 0 ? std::min(p, std::max(policy->window_begin(p), oldest)) : 0;
-
-    return { begin, std::max(begin, end) };
+    if (begin >= end) {
+        return { 0, 0 };
+    }
+    return { begin, gated ? end : std::min(p, std::max(policy->near_begin(p), oldest)) };
 }
 
 int64_t lminf_sequence::key_at(int64_t cell) const {

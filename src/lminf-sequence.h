@@ -55,8 +55,9 @@ public:
     bool is_kept(int64_t j) const { return j >= oldest || j < policy->n_pinned; }
     bool visible(int64_t p, int64_t j) const { return policy->visible(p, j) && is_kept(j); }
 
-    // the keys that query p can recall, [first, second): they are stored, and it does not see them
-    std::pair<int64_t, int64_t> middle(int64_t p) const;
+    // The keys that query p can recall, [first, second): they are stored, and it does not see them. None as long as its window
+    // holds all. gated: it sees all of its window.
+    std::pair<int64_t, int64_t> middle(int64_t p, bool gated = false) const;
 
     // keys whose rows are in the store of middle tokens, [first, second), though no query may want some of them any more
     std::pair<int64_t, int64_t> stored() const { return { std::max(n_lost, n_skipped), n_past }; }

@@ -163,10 +163,12 @@ static void test_rebase(const lminf_policy & policy) {
 static void test_middle(lminf_policy policy) {
     for (const int64_t n_middle : { policy.n_window + 1, policy.n_window + 30, int64_t(1000) }) {
         policy.n_middle = n_middle;
+        policy.n_near   = 1 + n_middle % policy.n_clamp;
         for (int64_t p = 0; p < 300; ++p) {
             for (int64_t j = -2; j < p + 3; ++j) {
                 const bool is_new = j >= policy.n_sink && j <= p && p - j < n_middle;
-                CHECK(policy.retrievable(p, j) == (is_new && !policy.visible(p, j)));
+                const bool is_seen = policy.visible(p, j) && (j < policy.n_sink || p - j < policy.n_near);
+                CHECK(policy.retrievable(p, j) == (is_new && !is_seen));
             }
         }
         // rows that a query wants have slots of their own, also when its micro-batch is aborted or tokens are removed

@@ -195,6 +195,11 @@ static void test_middle() {
     CHECK(seq.middle(56) == range(7, 37));
     CHECK(seq.stored() == range(0, 56));
 
+    policy.n_near = 5; // of its window, a query that recalls sees what is nearer than recalled keys
+    CHECK(seq.middle(56) == range(7, 52) && seq.middle(56, true) == range(7, 37));
+    CHECK(seq.middle(23) == range(0, 0)); // as long as the window holds all, it sees all
+    policy.n_near = 2048;
+
     seq.remove(4, 50); // forgotten on purpose: not in the window any more
     CHECK(seq.middle(56) == range(7, 50));
     seq.append(8);

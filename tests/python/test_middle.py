@@ -38,8 +38,9 @@ settings_of_retrieval = pytest.mark.parametrize(
         Retrieval(k=200, distance=24, per="head"),
         Retrieval(k=7, distance=20, max_tokens=40),
         Retrieval(k=200, distance=16, max_tokens=17),
+        Retrieval(k=6, distance=7),
     ],
-    ids=["plain", "one", "from-layer-1", "per-head", "all-per-head", "small-store", "one-token-stored"],
+    ids=["plain", "one", "from-layer-1", "per-head", "all-per-head", "small-store", "one-token-stored", "half-window"],
 )
 
 
@@ -159,6 +160,19 @@ class TestSequences:
                 assert_close(evaluated(llm, tokens, recall), stream.eval(tokens, recall))
                 assert llm._context.seq_rm(0, ATTENTION.n_sink, llm.n_past - 3)
                 stream.forget(ATTENTION.n_sink, stream.n_past - 3)
+
+    def test_cuts_far_below_what_was_forgotten(self, open_llama: OpenLlama, head_32: TinyModel) -> None:
+        """What comes after such a cut was never evicted, whatever had been before."""
+        for n_kept in (90, 60, 30):
+            stream = TokenStream(head_32.transformer, ATTENTION, retrieval=RETRIEVAL)
+            with open_llama(head_32, ATTENTION, n_rollback=8, middle=config_of(RETRIEVAL)) as llm:
+                llm.eval(TOKENS[:120])
+                stream.eval(TOKENS[:120])
+                assert llm._context.seq_rm(0, ATTENTION.n_sink, 118)
+                stream.forget(ATTENTION.n_sink, 118)
+                llm.truncate(n_kept)
+                stream.remove_tail(n_kept)
+                assert_close(llm.eval(TOKENS[200:260]), stream.eval(TOKENS[200:260]))
 
     def test_every_token_is_visible_or_can_be_looked_up(self, open_llama: OpenLlama, head_32: TinyModel) -> None:
         with open_llama(head_32, ATTENTION, middle=config_of(RETRIEVAL)) as llm:

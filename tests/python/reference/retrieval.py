@@ -33,6 +33,16 @@ class Retrieval:
         """Whether the key at position `key` is stored for the query at position `query`; the shapes broadcast."""
         return (key < query) & (query - key < self.max_tokens)
 
+    def is_near(self, query: IntArray, key: IntArray, visible: BoolArray, n_sink: int) -> BoolArray:
+        """What a query that recalls sees of what it would see otherwise.
+
+        Recalled tokens stand at one distance: nothing of the window that is farther away may stand behind them. It is
+        looked up like older tokens, once there are any.
+        """
+        has_older = (self.is_stored(query, key) & ~visible & (key >= n_sink)).any(axis=1, keepdims=True)
+        near: BoolArray = (key < n_sink) | (query - key < self.distance) | ~has_older
+        return near
+
     def chosen(self, far: FloatArray, seen: FloatArray, candidate: BoolArray, *, gated: bool) -> BoolArray:
         """What the heads look up.
 
