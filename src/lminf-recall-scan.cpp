@@ -181,6 +181,8 @@ private:
 
         sketch_queries();
 
+        std::vector<float> products(vectors.size()*N_TILE);
+
         int64_t n;
         for (int64_t j1 = end; j1 > begin; j1 -= n) {
             n = std::min({ N_TILE, j1 - begin, (j1 - 1) % n_slots + 1 });
@@ -193,15 +195,15 @@ private:
 
                 uint64_t found = 0;
                 for (int64_t i = group.i0; i < group.i1; ++i) {
-                    found |= sketches[i].find(tile, n);
+                    found |= sketches[i].multiply(tile, n, products.data() + i*N_TILE);
                 }
-                for (int64_t r = r0; found != 0 && r < r1; ++r) {
+                for (int64_t r = r0; r < r1 && found >> r != 0; ++r) {
                     if ((found >> r & 1) == 0) {
                         continue;
                     }
                     float score = -INFINITY;
                     for (int64_t i = group.i0; i < group.i1; ++i) {
-                        score = std::max(score, op.logit(sketches[i].product(tile.from(r))) - minus[i]);
+                        score = std::max(score, op.logit(products[i*N_TILE + r]) - minus[i]);
                     }
                     group.candidates.push_back({ score, best::index(j + r - group.token->begin), 1 });
                 }
@@ -215,26 +217,33 @@ private:
         }
     }
 
-    // Exactly, for those keys alone.
+    // Exactly, for those keys alone: their rows are put side by side.
     void score_candidates() {
         const size_t row_size = self.store.k_row_size(op.layer);
 
-        std::vector<float> products;
+        std::vector<uint8_t> rows(N_TILE*row_size);
+        std::vector<float>   products;
         for (auto & group : groups) {
-            const auto & keys = group.candidates;
+            const auto &  keys = group.candidates;
+            const int64_t n_i  = group.i1 - group.i0;
 
-            products.resize(group.i1 - group.i0);
-            for (size_t c = 0; c < keys.size(); ++c) {
-                if (c + N_AHEAD < keys.size()) {
-                    prefetch(row(group.token->begin + keys[c + N_AHEAD].index), row_size);
+            products.resize(n_i*N_TILE);
+            for (size_t c0 = 0; c0 < keys.size(); c0 += N_TILE) {
+                const auto n = std::min<int64_t>(N_TILE, (int64_t) (keys.size() - c0));
+                for (int64_t c = 0; c < n; ++c) {
+                    if (c0 + c + N_AHEAD < keys.size()) {
+                        prefetch(row(group.token->begin + keys[c0 + c + N_AHEAD].index), row_size);
+                    }
+                    memcpy(rows.data() + c*row_size, row(group.token->begin + keys[c0 + c].index), row_size);
                 }
-                queries.multiply(row(group.token->begin + keys[c].index), row_size, 1, group.i0, group.i1 - group.i0, products.data());
-
-                float score = -INFINITY;
-                for (int64_t i = group.i0; i < group.i1; ++i) {
-                    score = std::max(score, op.logit(products[i - group.i0]) - minus[i]);
+                queries.multiply(rows.data(), row_size, n, group.i0, n_i, products.data());
+                for (int64_t c = 0; c < n; ++c) {
+                    float score = -INFINITY;
+                    for (int64_t i = 0; i < n_i; ++i) {
+                        score = std::max(score, op.logit(products[i*n + c]) - minus[group.i0 + i]);
+                    }
+                    group.found->offer({ score, keys[c0 + c].index, 1 }, self.n_best);
                 }
-                group.found->offer({ score, keys[c].index, 1 }, self.n_best);
             }
         }
     }

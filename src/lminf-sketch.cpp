@@ -132,13 +132,13 @@ float lminf_sketch_query::product(const lminf_sketches & key) const {
     return offset + slope*ggml_fp16_to_fp32(*key.factors)*(largest - 2.0f*(float) lost);
 }
 
-uint64_t lminf_sketch_query::find(const lminf_sketches & keys, int64_t n) const {
+uint64_t lminf_sketch_query::multiply(const lminf_sketches & keys, int64_t n, float * dst) const {
     uint64_t res = 0;
     int64_t  i   = 0;
 #ifdef LMINF_HAS_VECTOR_COUNTS
     static constexpr int64_t N_LANES = 8;
 
-    const __m256 least = _mm256_set1_ps(limit - offset);
+    const __m256 least = _mm256_set1_ps(limit);
     for (; i + N_LANES <= n; i += N_LANES) {
         __m512i lost = _mm512_setzero_si512();
         for (size_t w = 0; w < signs.size(); ++w) {
@@ -147,13 +147,16 @@ uint64_t lminf_sketch_query::find(const lminf_sketches & keys, int64_t n) const 
             const __m512i twice = _mm512_popcnt_epi64(_mm512_and_si512(differ, _mm512_set1_epi64((long long) large[w])));
             lost = _mm512_add_epi64(lost, _mm512_add_epi64(_mm512_popcnt_epi64(differ), _mm512_add_epi64(twice, twice)));
         }
-        const __m256 factors = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) (keys.factors + i)));
-        const __m256 kept    = _mm256_fnmadd_ps(_mm256_set1_ps(2.0f*slope), _mm512_cvtepi64_ps(lost), _mm256_set1_ps(slope*largest));
-        res |= (uint64_t) _mm256_cmp_ps_mask(_mm256_mul_ps(factors, kept), least, _CMP_GT_OQ) << i;
+        const __m256 factors  = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) (keys.factors + i)));
+        const __m256 kept     = _mm256_fnmadd_ps(_mm256_set1_ps(2.0f*slope), _mm512_cvtepi64_ps(lost), _mm256_set1_ps(slope*largest));
+        const __m256 products = _mm256_fmadd_ps(factors, kept, _mm256_set1_ps(offset));
+        _mm256_storeu_ps(dst + i, products);
+        res |= (uint64_t) _mm256_cmp_ps_mask(products, least, _CMP_GT_OQ) << i;
     }
 #endif
     for (; i < n; ++i) {
-        res |= (uint64_t) (product(keys.from(i)) > limit) << i;
+        dst[i] = product(keys.from(i));
+        res |= (uint64_t) (dst[i] > limit) << i;
     }
     return res;
 }

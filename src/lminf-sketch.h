@@ -27,14 +27,13 @@ class lminf_sketch_query {
 public:
     float limit; // what has no larger product is of no interest
 
-    // about the product of query and key
-    float product(const lminf_sketches & key) const;
-
-    // which of up to 64 keys have a product above the limit
-    uint64_t find(const lminf_sketches & keys, int64_t n) const;
+    // About the products of the query and n <= 64 keys; returns which of them are above the limit.
+    uint64_t multiply(const lminf_sketches & keys, int64_t n, float * dst) const;
 
 private:
     friend class lminf_sketcher;
+
+    float product(const lminf_sketches & key) const;
 
     // components are slope*(+-1 or +-3)
     std::vector<uint64_t> signs;

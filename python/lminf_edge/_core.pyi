@@ -99,6 +99,7 @@ class MiddleParams:
         layer_end: int,
         cache_type: str,
         max_tokens: int,
+        n_candidates: int,
     ) -> None: ...
     @property
     def k(self) -> int: ...
@@ -112,6 +113,8 @@ class MiddleParams:
     def layer_end(self) -> int: ...
     @property
     def max_tokens(self) -> int: ...
+    @property
+    def n_candidates(self) -> int: ...
 
 class MiddleStats:
     @property

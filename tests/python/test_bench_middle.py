@@ -17,7 +17,7 @@ from lminf_edge import Llama, LMInfConfig, MiddleConfig
 from lminf_edge.cli import _bench_tables
 from lminf_edge.errors import ConfigError, UnsupportedModelError
 from lminf_edge.evaluation.bench import BenchSettings, run_bench, stations, work
-from lminf_edge.evaluation.bench.copied_store import with_repeated_rows
+from lminf_edge.evaluation.bench.copied_store import Section, with_repeated_rows
 from lminf_edge.evaluation.bench.plan import decode_places
 from lminf_edge.evaluation.bench.step_bytes import step_bytes
 from lminf_edge.evaluation.results import ResultLog, read_results
@@ -29,9 +29,9 @@ from tiny_models import TinyModel, write_tiny_model
 
 N_STORE = 512
 MIDDLE = MiddleConfig(k=4, layers=(0, None), cache_type="q8_0", max_tokens=N_STORE)
-ROWS = [34] * (2 * 2 * 2)
+ROWS = [Section(34)] * (2 * 2 * 2)
 """Bytes of a stored token: two layers, two heads of 32 components, keys and values."""
-ROW = sum(ROWS)
+ROW = sum(section.size for section in ROWS)
 
 
 def open_tiny(path: Path, **middle: Any) -> Llama:
@@ -63,13 +63,13 @@ def test_a_copied_store_holds_as_many_tokens_as_one_that_was_read(head_32: TinyM
         list(work.read_store_to(read, TOKENS, depth))
         (here, there) = (llm._context.middle_stats() for llm in (copied, read))
         assert copied.n_past == read.n_past == depth
-        assert here.n_retrievable == there.n_retrievable == min(depth - 4, N_STORE - 1) - 63
+        assert here.n_retrievable == there.n_retrievable == min(depth - 4, N_STORE - 1) - 31
         assert here.n_stored >= there.n_stored
         logits = copied.eval([5], recall=True)
         assert np.isfinite(logits).all()
         positions = [token.position for token in copied.last_recall()]
         assert len(positions) >= MIDDLE.k
-        assert all(max(4, depth - N_STORE) < position <= depth - 64 for position in positions)
+        assert all(max(4, depth - N_STORE) < position <= depth - 32 for position in positions)
 
 
 def test_a_copied_store_repeats_the_rows_of_each_head(head_32: TinyModel) -> None:
@@ -84,6 +84,17 @@ def test_a_copied_store_repeats_the_rows_of_each_head(head_32: TinyModel) -> Non
     for head in range(len(ROWS)):
         read, copied = (rows[head * n * 34 : (head + 1) * n * 34] for rows, n in sections)
         assert copied == (3 * read)[: len(copied)]
+
+
+@pytest.mark.parametrize("depth", [300, 5000])
+def test_a_copied_store_has_sketches(head_32: TinyModel, depth: int) -> None:
+    with open_tiny(head_32.path, n_candidates=16, max_tokens=400) as llm:
+        list(work.copy_store_to(llm, TOKENS, depth))
+        stats = llm._context.middle_stats()
+        assert stats.n_bytes_token == ROW + 2 * 2 * 10
+        assert np.isfinite(llm.eval([5], recall=True)).all()
+        (footprint,) = work.footprint(llm)
+        assert footprint.scan_bytes == 2 * 2 * (footprint.n_retrievable * 10 + 16 * 34)
 
 
 def test_layers_that_are_not_alike_are_not_copied(head_32: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,7 +128,7 @@ def test_the_store_of_a_model_with_sliding_layers_is_read(tmp_path: Path) -> Non
     station = stations.ModelStation(settings, place, TOKENS, on_progress=said.append)
     try:
         assert station.place.filled == "read"
-        assert station.footprint().n_retrievable == N_STORE - 64
+        assert station.footprint().n_retrievable == N_STORE - 32
     finally:
         station.close()
     assert said[-1] == "going there: reading for the store, 800 of 800 tokens"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from parity import assert_close
+from parity import TOLERANCE
 from reference import Attention, Retrieval
 from test_middle import config_of, evaluated
 from tiny_models import TinyModel, random_tokens
@@ -47,7 +47,7 @@ class TestCandidates:
             exact = answers(llm)
         middle = config_of(retrieval, n_candidates=NEARLY_ALL)
         with open_llama(tiny_model, ATTENTION, n_ubatch=n_ubatch, middle=middle) as llm:
-            assert_close(answers(llm), exact)
+            np.testing.assert_allclose(answers(llm), exact, atol=TOLERANCE)
 
     def test_few_keys_hold_most_of_the_best(self, open_llama: OpenLlama, head_64: TinyModel) -> None:
         shares = []
@@ -82,7 +82,7 @@ class TestCandidates:
                 with open_llama(head_64, ATTENTION, n_ubatch=16, middle=middle) as llm:
                     llm.eval(READ[:n_read])
                     logits.append(llm.eval(ASKED[:10], recall=True))
-            np.testing.assert_array_equal(*logits)
+            np.testing.assert_array_equal(logits[0], logits[1])
 
     def test_old_keys_are_forgotten(self, open_llama: OpenLlama, head_64: TinyModel) -> None:
         """The ring of slots has come round."""
@@ -91,7 +91,7 @@ class TestCandidates:
         for middle in (config_of(retrieval), config_of(retrieval, n_candidates=280)):
             with open_llama(head_64, ATTENTION, middle=middle) as llm:
                 logits.append(answers(llm))
-        assert_close(*logits)
+        np.testing.assert_allclose(logits[0], logits[1], atol=TOLERANCE)
 
     def test_more_threads_find_no_less(self, open_llama: OpenLlama, head_64: TinyModel) -> None:
         middle = config_of(RETRIEVAL, n_candidates=NEARLY_ALL)
@@ -99,7 +99,7 @@ class TestCandidates:
         for n_threads in (1, 3):
             with open_llama(head_64, ATTENTION, n_ubatch=7, middle=middle, n_threads_batch=n_threads) as llm:
                 logits.append(answers(llm))
-        assert_close(*logits)
+        np.testing.assert_allclose(logits[0], logits[1], atol=TOLERANCE)
 
     @pytest.mark.parametrize("cache_type", ["f16", "q8_0", "q4_0"])
     def test_quantised_stores(self, open_llama: OpenLlama, head_64: TinyModel, cache_type: str) -> None:
@@ -108,7 +108,7 @@ class TestCandidates:
             middle = config_of(RETRIEVAL, cache_type=cache_type, n_candidates=n_candidates)
             with open_llama(head_64, ATTENTION, middle=middle) as llm:
                 logits.append(answers(llm))
-        assert_close(*logits)
+        np.testing.assert_allclose(logits[0], logits[1], atol=TOLERANCE)
 
 
 class TestStates:

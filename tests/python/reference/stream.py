@@ -106,11 +106,10 @@ class TokenStream:
         """Softmax attention of scaled queries [n, n_head, head_size / 2] over the keys that the view shows them."""
         query, key = positions[:, None], past.positions[None, :]
         visible = view.is_visible(query, key) & ~past.is_forgotten
-        retrieval = self._retrieval
-        recalls = (
-            self._recall and view is self._attention and retrieval is not None and layer >= retrieval.first_layer
-        )
-        if recalls and self._recall != "gated":
+        retrieval = self._retrieval if self._recall and view is self._attention else None
+        if retrieval is not None and layer < retrieval.first_layer:
+            retrieval = None
+        if retrieval is not None and self._recall != "gated":
             visible &= retrieval.is_near(query, key, visible, self._attention.n_sink)
         # Rows of indices of the visible keys, filled up with invisible ones to the longest row.
         seen = np.argsort(~visible, axis=1, kind="stable")[:, : visible.sum(axis=1).max()]
@@ -126,7 +125,7 @@ class TokenStream:
             slopes = self._transformer.alibi_slopes().reshape(grouped.shape[1:3])
             scores -= slopes[:, :, None] * view.bias_distance(query, past.positions[seen])[:, None, None, :]
         scores = np.where(is_seen, scores, -np.inf)
-        if recalls:
+        if retrieval is not None:
             far = self._far_scores(past, grouped, retrieval.distance)
             stored = retrieval.is_stored(query, key) & ~visible & (key >= self._attention.n_sink)
             total = np.logaddexp.reduce(scores, axis=-1)

@@ -11,13 +11,15 @@ saved state (`lminf_kv_cache::state_write()` in `src/lminf-kv-cache-state.cpp`, 
         the eighth the first position whose row was not overwritten, the ninth the first one that has a row at all
     cells of the window
     number of rows, 0 for a store in memory
-    for each layer and each of its KV heads: the rows of all keys, then those of all values, oldest first
+    for each layer and each of its KV heads: with a first pass the mean of all keys, their factors and each word of
+        their sketches; the rows of all keys, then those of all values; oldest first
 """
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from lminf_edge.errors import UnsupportedModelError
 
@@ -32,12 +34,29 @@ _I_SKIPPED = 8
 """Place in the books of the first position that has a row."""
 
 
-def with_repeated_rows(state: bytes, row_sizes: Sequence[int]) -> bytes:
+@dataclass(frozen=True)
+class Section:
+    """A part of a store in a state.
+
+    Attributes:
+        size: Bytes.
+        per_token: Of each token; else it is there once.
+    """
+
+    size: int
+    per_token: bool = True
+
+    def n_bytes(self, n_tokens: int) -> int:
+        """Its length."""
+        return self.size * (n_tokens if self.per_token else 1)
+
+
+def with_repeated_rows(state: bytes, sections: Sequence[Section]) -> bytes:
     """The same sequence with a store that has a row for every token before it, or as many as the store can have.
 
     Args:
         state: Of a sequence that was read from some position on, with its store in memory.
-        row_sizes: Bytes of a row of keys and of one of values for each layer and head, in the order of the state.
+        sections: What its store consists of, in that order.
 
     Returns:
         Its state if all before that position had been read, too, in which rows are repeated.
@@ -53,16 +72,16 @@ def with_repeated_rows(state: bytes, row_sizes: Sequence[int]) -> bytes:
         raise _unknown_format()
     n_past, *_, n_lost, n_skipped = _BOOKS.unpack_from(state, _HEADER.size)
     n_rows, n_wanted = n_past - max(n_lost, n_skipped), n_past - n_lost
-    begin = len(state) - n_rows * sum(row_sizes)
+    begin = len(state) - sum(section.n_bytes(n_rows) for section in sections)
     if n_rows < 1 or begin < _ROWS.size or _ROWS.unpack_from(state, begin - _ROWS.size) != (n_rows, 0):
         raise _unknown_format()
     at = _HEADER.size + 8 * _I_SKIPPED
     parts = [state[:at], bytes(8), state[at + 8 : begin - _ROWS.size], _ROWS.pack(n_wanted, 0)]
     n_times, n_more = divmod(n_wanted, n_rows)
-    for size in row_sizes:
-        rows = state[begin : begin + n_rows * size]
-        parts += [*([rows] * n_times), rows[: n_more * size]]
-        begin += n_rows * size
+    for section in sections:
+        rows = state[begin : begin + section.n_bytes(n_rows)]
+        parts += [*([rows] * n_times), rows[: n_more * section.size]] if section.per_token else [rows]
+        begin += len(rows)
     return b"".join(parts)
 
 

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from lminf_edge.errors import StateError, UnsupportedModelError
 from lminf_edge.evaluation.bench.copied_state import repeated_state
-from lminf_edge.evaluation.bench.copied_store import with_repeated_rows
+from lminf_edge.evaluation.bench.copied_store import Section, with_repeated_rows
 from lminf_edge.evaluation.context_shift import ShiftingSequence
 from lminf_edge.evaluation.reader import has_store
 from lminf_edge.llama import Llama
@@ -146,7 +146,7 @@ def copy_store_to(llm: Llama, tokens: Tokens, depth: int) -> Iterator[int]:
     """Goes to a position of a sequence with a store, which then has a row for every token that it can have one for."""
     yield from jump_to(llm, tokens, depth)
     with llm._sequence.exclusive():
-        cells = with_repeated_rows(llm._sequence.save().cells, _row_sizes(llm))
+        cells = with_repeated_rows(llm._sequence.save().cells, store_sections(llm))
         llm._sequence.load(SequenceState(cells=cells, logits=None, history=None))
     yield llm.n_past
 
@@ -209,13 +209,12 @@ def recompute_turn(llm: Llama, tokens: Tokens, n_window: int) -> Iterator[Turn]:
 def footprint(llm: Llama) -> Iterator[Footprint]:
     """What the process keeps in memory now."""
     stats = llm.memory_stats()
-    key, value = _head_sizes(llm)
     yield Footprint(
         kv_bytes=stats.kv_bytes,
         resident_bytes=stats.resident_bytes,
         store_bytes=stats.store_bytes,
         n_retrievable=stats.n_retrievable,
-        scan_bytes=stats.n_retrievable * llm._context.middle_stats().n_bytes_token * key // (key + value),
+        scan_bytes=_scan_bytes(llm, stats.n_retrievable),
     )
 
 
@@ -295,16 +294,43 @@ def _head_sizes(llm: Llama) -> tuple[int, int]:
     return int(key or usual), int(value or usual)
 
 
-def _row_sizes(llm: Llama) -> list[int]:
-    """Bytes of a key's and a value's row in the store of middle tokens, for each layer and head."""
-    assert llm.config is not None and llm.config.middle is not None
-    begin, end = llm.config.middle.layers
-    n_layers = min(end or llm._model.n_layer, llm._model.n_layer) - begin
-    n_weights, n_bytes = _STORE_BLOCKS[llm.config.middle.cache_type]
-    sizes = [n // n_weights * n_bytes for n in _head_sizes(llm)] * (n_layers * llm._model.n_head_kv)
-    if sum(sizes) != llm._context.middle_stats().n_bytes_token:
+def store_sections(llm: Llama) -> list[Section]:
+    """What the store of middle tokens consists of, in the order of a state.
+
+    Raises:
+        UnsupportedModelError: The layers of the model are not all alike.
+    """
+    layers, sketch, key, value = _store_shape(llm)
+    n_mean, n_words = -(-(_head_sizes(llm)[0] + 1) // 2) * 8, sketch // 8
+    first_pass = [Section(n_mean, per_token=False), Section(2), *([Section(8)] * n_words)] if sketch else []
+    sections = [*first_pass, Section(key), Section(value)] * (layers * llm._model.n_head_kv)
+    if sum(section.size for section in sections if section.per_token) != llm._context.middle_stats().n_bytes_token:
         raise UnsupportedModelError("the layers of this model are not all alike: its store cannot be filled by copying")
-    return sizes
+    return sections
+
+
+def _store_shape(llm: Llama) -> tuple[int, int, int, int]:
+    """Layers, and bytes of a head's sketch (0: there are none), key and value."""
+    assert llm.config is not None and llm.config.middle is not None
+    middle = llm.config.middle
+    begin, end = middle.layers
+    n_weights, n_bytes = _STORE_BLOCKS[middle.cache_type]
+    key, value = (n // n_weights * n_bytes for n in _head_sizes(llm))
+    n_words = 1
+    while 64 * n_words < _head_sizes(llm)[0]:
+        n_words *= 2
+    sketch = 0 if middle.n_candidates is None else 8 * n_words + 2
+    return min(end or llm._model.n_layer, llm._model.n_layer) - begin, sketch, key, value
+
+
+def _scan_bytes(llm: Llama, n_retrievable: int) -> int:
+    """Bytes that looking through so many stored keys reads."""
+    if llm.config is None or llm.config.middle is None or n_retrievable == 0:
+        return 0
+    layers, sketch, key, _ = _store_shape(llm)
+    n_candidates = llm.config.middle.n_candidates
+    n_exact = n_retrievable if n_candidates is None else min(n_candidates, n_retrievable)
+    return layers * llm._model.n_head_kv * (n_retrievable * sketch + n_exact * key)
 
 
 def _counters(llm: Llama) -> tuple[int, int, int, int]:
