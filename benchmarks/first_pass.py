@@ -2,10 +2,10 @@
 
     python benchmarks/first_pass.py bible.txt --tokens 1000000 --store store.bin --state state.bin
 
-Reads one text, near whose beginning a key is told, with a store in a file. At lengths that double it asks for the key, counts
-how many of the exactly best tokens the first pass would have chosen, and times decoding with and without recall, in turns.
-A run that was stopped goes on at the last such length; one that is complete only measures again. A million tokens take
-an hour or more and, with the default model, 12 GB of disk.
+Reads one text, near whose beginning a key is told, with a store in a file. At lengths that double it asks for the key,
+counts how many of the exactly best tokens the first pass would have chosen, and times decoding with and without
+recall, in turns. A run that was stopped goes on at the last such length; one that is complete only measures again. A
+million tokens take an hour or more and, with the default model, 12 GB of disk.
 """
 
 from __future__ import annotations
