@@ -27,7 +27,7 @@ enum lminf_sink_order {
 struct lminf_middle_params {
     uint32_t k;           // tokens that a query looks up in each layer; 0: nothing is stored
     bool     per_head;    // k for each query head (the paper); else for each KV head, whose query heads share them
-    uint32_t distance;    // D: RoPE distance at which recalled tokens are seen; 0 = n_clamp/2
+    uint32_t distance;    // D: recalled tokens are seen at this RoPE distance, and the window up to there; 0 = n_clamp/2
     uint32_t layer_begin; // layers [layer_begin, layer_end) recall
     uint32_t layer_end;   // 0 = to the last one
     uint32_t max_tokens;  // the newest tokens of a sequence that can be recalled; older ones are gone

@@ -34,13 +34,14 @@ class MiddleConfig:
     Attributes:
         k: Tokens that a query looks up in each layer.
         per: "kv_head": k for each KV head, whose query heads share them. "head": k for each query head, as the paper.
-        distance: RoPE distance at which they are seen. None: half of n_clamp.
+        distance: RoPE distance at which they are seen; a query that looks them up sees its window up to there, so that
+            they stand behind it. None: half of n_clamp.
         layers: First layer that looks them up, and the one after the last. None: to the last one.
         cache_type: Type of stored keys and values: f32, f16, q8_0 or q4_0.
         max_tokens: The newest tokens that can be looked up; of what is older nothing is kept. More than n_window.
         n_candidates: Stored keys that are multiplied with a query, for each KV head (or query head, as `per` says). A
-            first pass chooses them by one bit of each rotated component, which takes an eighth of the time; worth
-            it from some 65,536 tokens on. At least k. None: all keys.
+            first pass chooses them by one bit of each rotated component, which reads a seventh of the bytes; worth
+            it from some 65,536 tokens on (docs/semantics.md, "Middle tokens"). At least k. None: all keys.
         path: File for the store, of which the system keeps in memory what is in use. None: in memory. A file that is
             there already must have been made for the same model and parameters.
 
