@@ -23,3 +23,7 @@ def test_the_policy_holds_under_sanitizers(tmp_path: Path) -> None:
 
 def test_the_memory_holds_through_the_c_api() -> None:
     run(cpp_test("test_memory"))
+
+
+def test_sketches_estimate_products() -> None:
+    run(cpp_test("test_sketch"))
