@@ -168,23 +168,23 @@ def test_a_text_with_several_keys_is_asked_for_each(head_32: TinyModel) -> None:
     for begin in range(0, len(trials), 5):
         several = trials[begin : begin + 5]
         assert [trial.needle for trial in several] == list(range(5))
-        assert len({trial.asked.key for trial in several}) == len({trial.asked.lock for trial in several}) == 5
+        assert len({trial.asked.key for trial in several}) == len({trial.asked.city for trial in several}) == 5
         assert len({trial.tokens()[: -trial.n_question].tobytes() for trial in several}) == 1
         for number, trial in enumerate(several):
             assert number / 5 <= trial.asked.depth < (number + 1) / 5
             assert trial.tokens().shape == (trial.length,)
-            text, lock = text_of(head_32, trial), trial.asked.lock
-            assert text.endswith(f"What is the pass key of the {lock}? The pass key of the {lock} is the number")
+            text, city = text_of(head_32, trial), trial.asked.city
+            assert text.endswith(f"What is the secret number of {city}? The secret number of {city} is")
             for needle in several:
-                told = f" The pass key of the {needle.asked.lock} is {needle.asked.key}."
+                told = f" The secret number of {needle.asked.city} is {needle.asked.key}."
                 assert text.count(told) == 1
             behind = vocabulary_of(head_32.path).detokenize(trial.tokens()[-trial.distance :], False, True).decode()
-            assert text.removesuffix(behind).endswith(f"{trial.asked.key} is the pass key of the {lock}.")
+            assert text.removesuffix(behind).endswith(f"the secret number of {city} is {trial.asked.key}.")
 
 
 def test_up_to_32_keys_fit_into_a_text(head_32: TinyModel) -> None:
     trials = trials_of(head_32, lengths=(6000,), n_trials=1, n_needles=32)
-    assert len({trial.asked.lock for trial in trials}) == 32
+    assert len({trial.asked.city for trial in trials}) == 32
     with pytest.raises(ConfigError, match="have no room for 32 keys and the question"):
         trials_of(head_32, lengths=(2000,), n_trials=1, n_needles=32)
 

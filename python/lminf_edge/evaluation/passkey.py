@@ -24,7 +24,7 @@ from lminf_edge.evaluation.answering import (
     seeded,
 )
 from lminf_edge.evaluation.methods import Pass
-from lminf_edge.evaluation.passkey_prompts import GRASS, LOCKS, PasskeyFormat, PasskeyTrial, Secret
+from lminf_edge.evaluation.passkey_prompts import CITIES, GRASS, PasskeyFormat, PasskeyTrial, Secret
 from lminf_edge.evaluation.results import Record, ResultLog, file_sha256
 from lminf_edge.evaluation.statistics import share_interval
 from lminf_edge.evaluation.texts import text_file
@@ -67,7 +67,7 @@ class PasskeySettings(AnsweringSettings):
         check_counts("distances", self.distances)
         check_int("n_bins", self.n_bins, 1)
         check_int("n_trials", self.n_trials, 1)
-        check_int("n_needles", self.n_needles, 1, len(LOCKS))
+        check_int("n_needles", self.n_needles, 1, len(CITIES))
         if self.depths and self.distances:
             raise ConfigError("depths and distances: a key has either")
         if self.n_needles > 1 and (self.depths or self.distances):
@@ -110,7 +110,7 @@ def run_passkey(settings: PasskeySettings, log: ResultLog, on_progress: Progress
         asked = trial.asked
         return {
             "n_needles": len(trial.needles),
-            "lock": asked.lock,
+            "city": asked.city,
             "depth": asked.depth,
             "distance": trial.distance,
             "seed": settings.seed,
@@ -166,17 +166,17 @@ def _secrets(settings: PasskeySettings, length: int, number: int) -> list[Secret
 
     if settings.distances:
         distance = settings.distances[number % len(settings.distances)]
-        return [Secret(lock=None, key=draw_key(), distance=distance)]
+        return [Secret(city=None, key=draw_key(), distance=distance)]
     if settings.n_needles == 1:
         bins = settings.bins()
         low, high = bins[number % len(bins)]
-        return [Secret(lock=None, key=draw_key(), depth=low + (high - low) * random.random())]
-    locks = sorted(LOCKS, key=lambda _: random.random())
+        return [Secret(city=None, key=draw_key(), depth=low + (high - low) * random.random())]
+    cities = sorted(CITIES, key=lambda _: random.random())
     secrets: dict[str, Secret] = {}
-    for lock, (low, high) in zip(locks, _parts(settings.n_needles), strict=False):
+    for city, (low, high) in zip(cities, _parts(settings.n_needles), strict=False):
         while (key := draw_key()) in secrets:
             pass
-        secrets[key] = Secret(lock=lock, key=key, depth=low + (high - low) * random.random())
+        secrets[key] = Secret(city=city, key=key, depth=low + (high - low) * random.random())
     return list(secrets.values())
 
 

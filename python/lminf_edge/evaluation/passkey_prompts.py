@@ -19,20 +19,23 @@ GRASS = (
 )
 """What the text consists of unless another one is named, over and over."""
 
-LOCKS = (
-    "attic", "barn", "boat", "bridge", "cabin", "cellar", "chapel", "chest", "cottage", "factory", "garage", "garden",
-    "harbour", "hospital", "hotel", "kitchen", "library", "lighthouse", "market", "mill", "museum", "office",
-    "palace", "prison", "school", "shop", "stable", "station", "theatre", "tower", "tunnel", "workshop",
+CITIES = (
+    "Athens", "Baghdad", "Berlin", "Boston", "Brussels", "Cairo", "Chicago", "Delhi", "Dublin", "Geneva", "Havana",
+    "Helsinki", "Istanbul", "Lima", "Lisbon", "London", "Madrid", "Mexico", "Moscow", "Mumbai", "Oslo", "Paris",
+    "Prague", "Rome", "Seoul", "Shanghai", "Stockholm", "Sydney", "Tokyo", "Toronto", "Vienna", "Warsaw",
 )  # fmt: skip
-"""What the keys of a text with several are for."""
+"""What the numbers of a text with several are told apart by."""
 
 _TASK = "A pass key is told somewhere in a long text. Find it and keep it in mind: it is asked for at the end.\n\n"
+_TOLD = " The pass key is {key}. Do not forget it: {key} is the pass key."
+_QUESTION = "\n\nWhat is the pass key? The pass key is the number"
+
 _TASK_SEVERAL = (
-    "Pass keys are told here and there in a long text. Find them and keep them in mind: one is asked for at the "
+    "Secret numbers are told here and there in a long text. Find them and keep them in mind: one is asked for at the "
     "end.\n\n"
 )
-_TOLD = " The pass key{of} is {key}. Do not forget it: {key} is the pass key{of}."
-_QUESTION = "\n\nWhat is the pass key{of}? The pass key{of} is the number"
+_TOLD_SEVERAL = " The secret number of {city} is {key}. Do not forget it: the secret number of {city} is {key}."
+_QUESTION_SEVERAL = "\n\nWhat is the secret number of {city}? The secret number of {city} is"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,13 +43,13 @@ class Secret:
     """What is to be told.
 
     Attributes:
-        lock: What the key is for. None: it is the only key of its text.
+        city: Which of the text's keys it is. None: the only one.
         key: Five digits.
         depth: Share of the filler that should be before it.
         distance: Tokens from the end of what tells it to the end of the prompt, exactly. None: the depth decides.
     """
 
-    lock: str | None
+    city: str | None
     key: str
     depth: float = 0.0
     distance: int | None = None
@@ -57,14 +60,14 @@ class Needle:
     """A key in its text.
 
     Attributes:
-        lock: See `Secret`.
+        city: See `Secret`.
         key: Five digits.
         depth: Share of the filler that should be before it.
         told: Tokens that tell it.
         n_before: Tokens of filler before it.
     """
 
-    lock: str | None
+    city: str | None
     key: str
     depth: float
     told: TokenArray
@@ -156,8 +159,9 @@ class PasskeyFormat:
             ConfigError: The length has no room for that.
         """
         before = self._tokens(_TASK if len(secrets) == 1 else _TASK_SEVERAL, begins=True)
-        told = [self._tokens(_TOLD.format(of=_of(each.lock), key=each.key)) for each in secrets]
-        after = [self._tokens(_QUESTION.format(of=_of(each.lock))) for each in secrets]
+        telling, asking = (_TOLD, _QUESTION) if len(secrets) == 1 else (_TOLD_SEVERAL, _QUESTION_SEVERAL)
+        told = [self._tokens(telling.format(city=each.city, key=each.key)) for each in secrets]
+        after = [self._tokens(asking.format(city=each.city)) for each in secrets]
         n_question = max(map(len, after))
         n_needed = len(before) + sum(map(len, told)) + n_question
         n_filler = length - n_needed
@@ -180,7 +184,7 @@ class PasskeyFormat:
                         f"{n_filler + n_question} tokens from its end, not {secret.distance}"
                     )
                 depth = n_before / max(1, n_filler)
-            needles.append(Needle(lock=secret.lock, key=secret.key, depth=depth, told=tokens, n_before=n_before))
+            needles.append(Needle(city=secret.city, key=secret.key, depth=depth, told=tokens, n_before=n_before))
         return [
             PasskeyTrial(
                 length=length,
@@ -197,7 +201,3 @@ class PasskeyFormat:
 
     def _tokens(self, text: str, *, begins: bool = False) -> TokenArray:
         return self._vocabulary.tokenize(text.encode(), begins, False)
-
-
-def _of(lock: str | None) -> str:
-    return "" if lock is None else f" of the {lock}"
