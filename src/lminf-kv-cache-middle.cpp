@@ -105,14 +105,14 @@ void lminf_kv_cache::build_middle_inputs(ggml_context * ctx, const llama_ubatch 
 }
 
 void lminf_kv_cache::set_middle_inputs(const llama_ubatch & ubatch) const {
-    for (const auto & part : parts(ubatch)) {
-        const auto & seq = seqs[part.seq_id];
-
-        std::vector<int64_t> keys(policy.n_cells(), INT64_MAX);
-        for (int64_t cell = policy.n_sink_cells(); middle->recalls && cell < policy.n_cells(); ++cell) {
-            keys[cell] = seq.key_at(cell);
+    if (middle->recalls) {
+        for (const auto & part : parts(ubatch)) {
+            std::vector<int64_t> keys(policy.n_cells(), INT64_MAX);
+            for (int64_t cell = policy.n_sink_cells(); cell < policy.n_cells(); ++cell) {
+                keys[cell] = seqs[part.seq_id].key_at(cell);
+            }
+            middle->recall.set_cells(part.seq_id, std::move(keys));
         }
-        middle->recall.set_cells(part.seq_id, std::move(keys));
     }
     std::vector<int32_t> neg_pos;
     std::vector<int32_t> q_shift;
