@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -174,9 +175,9 @@ def test_a_full_disk_and_missing_streams_are_no_tracebacks(default_model: Path) 
 
 
 def test_the_shells_get_completions() -> None:
-    finished = subprocess.run(
-        [*COMMAND, "--show-completion", "bash"], capture_output=True, text=True, env={**os.environ, "SHELL": "bash"}
-    )
+    # the shell is found by looking at the parent process, so it must not give way to the command
+    command = f"{shlex.join([*COMMAND, '--show-completion'])}; exit $?"
+    finished = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
     assert "lminf-edge" in finished.stdout
 
