@@ -71,7 +71,7 @@ def test_a_prompt_is_exactly_as_long_as_it_should_be_and_tells_the_key(head_32: 
         assert trial.tokens().shape == (trial.length,)
         text = text_of(head_32, trial)
         assert text.count(f"The pass key is {trial.asked.key}.") == 1
-        assert text.endswith("What is the pass key? The pass key is")
+        assert text.endswith("What is the pass key? The number of the pass key is")
         assert len(trial.asked.key) == 5
         assert trial.asked.key.isdecimal()
 

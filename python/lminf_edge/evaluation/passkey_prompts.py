@@ -28,7 +28,7 @@ CITIES = (
 
 _TASK = "A pass key is told somewhere in a long text. Find it and keep it in mind: it is asked for at the end.\n\n"
 _TOLD = " The pass key is {key}. Do not forget it: {key} is the pass key."
-_QUESTION = "\n\nWhat is the pass key? The pass key is"
+_QUESTION = "\n\nWhat is the pass key? The number of the pass key is"
 
 _TASK_SEVERAL = (
     "Secret numbers are told here and there in a long text. Find them and keep them in mind: one is asked for at the "
