@@ -21,6 +21,18 @@ static void prefetch(const uint8_t * row, size_t size) {
 #endif
 }
 
+static int64_t lowest_bit(uint64_t x) {
+#if defined(__GNUC__)
+    return __builtin_ctzll(x);
+#else
+    int64_t res = 0;
+    while ((x >> res & 1) == 0) {
+        ++res;
+    }
+    return res;
+#endif
+}
+
 // log-sum-exp of what a head sees anyway
 static float log_sum_exp(const ggml_tensor * window, int64_t head, int64_t token) {
     const int64_t n = window->ne[0] - 2;
@@ -197,8 +209,9 @@ private:
                 for (int64_t i = group.i0; i < group.i1; ++i) {
                     found |= sketches[i].multiply(tile, n, products.data() + i*N_TILE);
                 }
-                for (int64_t r = r0; r < r1 && found >> r != 0; ++r) {
-                    if ((found >> r & 1) == 0) {
+                for (; found != 0; found &= found - 1) { // its lowest bit goes
+                    const int64_t r = lowest_bit(found);
+                    if (r < r0 || r >= r1) {
                         continue;
                     }
                     float score = -INFINITY;

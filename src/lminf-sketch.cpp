@@ -138,18 +138,29 @@ uint64_t lminf_sketch_query::multiply(const lminf_sketches & keys, int64_t n, fl
 #ifdef LMINF_HAS_VECTOR_COUNTS
     static constexpr int64_t N_LANES = 8;
 
-    const __m256 least = _mm256_set1_ps(limit);
+    // in registers: the compiler cannot know that dst is none of the query's members
+    const size_t n_words = signs.size();
+    const __m512i sign   = _mm512_set1_epi64((long long) signs[0]);
+    const __m512i weight = _mm512_set1_epi64((long long) large[0]);
+    const __m256  least  = _mm256_set1_ps(limit);
+    const __m256  start  = _mm256_set1_ps(offset);
+    const __m256  step   = _mm256_set1_ps(2.0f*slope);
+    const __m256  most   = _mm256_set1_ps(slope*largest);
+
+    const auto count = [](__m512i key, __m512i sign, __m512i weight) {
+        const __m512i differ = _mm512_xor_si512(key, sign);
+        const __m512i twice  = _mm512_popcnt_epi64(_mm512_and_si512(differ, weight));
+        return _mm512_add_epi64(_mm512_popcnt_epi64(differ), _mm512_add_epi64(twice, twice));
+    };
     for (; i + N_LANES <= n; i += N_LANES) {
-        __m512i lost = _mm512_setzero_si512();
-        for (size_t w = 0; w < signs.size(); ++w) {
-            const __m512i differ = _mm512_xor_si512(
-                    _mm512_loadu_si512(keys.words + w*keys.stride + i), _mm512_set1_epi64((long long) signs[w]));
-            const __m512i twice = _mm512_popcnt_epi64(_mm512_and_si512(differ, _mm512_set1_epi64((long long) large[w])));
-            lost = _mm512_add_epi64(lost, _mm512_add_epi64(_mm512_popcnt_epi64(differ), _mm512_add_epi64(twice, twice)));
+        __m512i lost = count(_mm512_loadu_si512(keys.words + i), sign, weight);
+        for (size_t w = 1; w < n_words; ++w) {
+            lost = _mm512_add_epi64(lost, count(_mm512_loadu_si512(keys.words + (int64_t) w*keys.stride + i),
+                    _mm512_set1_epi64((long long) signs[w]), _mm512_set1_epi64((long long) large[w])));
         }
         const __m256 factors  = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) (keys.factors + i)));
-        const __m256 kept     = _mm256_fnmadd_ps(_mm256_set1_ps(2.0f*slope), _mm512_cvtepi64_ps(lost), _mm256_set1_ps(slope*largest));
-        const __m256 products = _mm256_fmadd_ps(factors, kept, _mm256_set1_ps(offset));
+        const __m256 kept     = _mm256_fnmadd_ps(step, _mm512_cvtepi64_ps(lost), most);
+        const __m256 products = _mm256_fmadd_ps(factors, kept, start);
         _mm256_storeu_ps(dst + i, products);
         res |= (uint64_t) _mm256_cmp_ps_mask(products, least, _CMP_GT_OQ) << i;
     }
