@@ -147,9 +147,9 @@ uint64_t lminf_sketch_query::multiply(const lminf_sketches & keys, int64_t n, fl
     const __m256  step   = _mm256_set1_ps(2.0f*slope);
     const __m256  most   = _mm256_set1_ps(slope*largest);
 
-    const auto count = [](__m512i key, __m512i sign, __m512i weight) {
-        const __m512i differ = _mm512_xor_si512(key, sign);
-        const __m512i twice  = _mm512_popcnt_epi64(_mm512_and_si512(differ, weight));
+    const auto count = [](__m512i key, __m512i query, __m512i counts_thrice) {
+        const __m512i differ = _mm512_xor_si512(key, query);
+        const __m512i twice  = _mm512_popcnt_epi64(_mm512_and_si512(differ, counts_thrice));
         return _mm512_add_epi64(_mm512_popcnt_epi64(differ), _mm512_add_epi64(twice, twice));
     };
     for (; i + N_LANES <= n; i += N_LANES) {
