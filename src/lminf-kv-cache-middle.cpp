@@ -86,8 +86,11 @@ void lminf_kv_cache::begin_middle(const llama_ubatch & ubatch) {
 }
 
 void lminf_kv_cache::find_means(llama_seq_id seq_id) {
+    const auto & store = middle->store;
+    const size_t last  = store.n_layers() - 1; // the one that is found last, also if the process was ended meanwhile
+
     const auto [slot, n] = middle_rows(seqs[seq_id]);
-    if (n >= N_MEAN && middle->store.mean(seq_id, 0, 0)[0] == 0.0f) {
+    if (n >= N_MEAN && store.mean(seq_id, last, store.n_heads(last) - 1)[0] == 0.0f) {
         lctx->synchronize();
         middle->recall.find_means(seq_id, slot, n);
     }

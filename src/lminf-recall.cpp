@@ -3,6 +3,7 @@
 #include "ggml-cpu.h"
 
 #include <map>
+#include <optional>
 
 // of all heaps together
 static constexpr int64_t N_HEAP_FLOATS = int64_t(1) << 24;
@@ -119,12 +120,15 @@ void lminf_recall::compute_store_k(ggml_tensor * dst, int ith, int nth, void * d
 
     const auto from_float = ggml_get_type_traits_cpu(store.type)->from_float;
 
-    lminf_sketcher sketcher(keys->ne[0]);
+    std::optional<lminf_sketcher> sketcher;
+    if (store.n_words(op.layer) > 0) {
+        sketcher.emplace(keys->ne[0]);
+    }
 
     for_each_row(store, op.self->tokens, keys, ith, nth, [&](const float * key, int64_t seq, int64_t head, int64_t slot) {
         from_float(key, store.k_rows(seq, op.layer, head) + slot*store.k_row_size(op.layer), keys->ne[0]);
-        if (store.n_words(op.layer) > 0 && store.mean(seq, op.layer, head)[0] != 0.0f) {
-            store_sketch(store, sketcher, key, seq, op.layer, head, slot);
+        if (sketcher && store.mean(seq, op.layer, head)[0] != 0.0f) {
+            store_sketch(store, *sketcher, key, seq, op.layer, head, slot);
         }
     });
 }

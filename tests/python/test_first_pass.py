@@ -159,9 +159,11 @@ class TestErrors:
             MiddleConfig(k=4, n_candidates=n_candidates)
 
     def test_nothing_to_check(self, open_llama: OpenLlama, head_64: TinyModel) -> None:
+        from lminf_edge import ContextError
+
         with (
             open_llama(head_64, ATTENTION, middle=config_of(RETRIEVAL)) as llm,
-            pytest.raises(Exception, match="candid"),
+            pytest.raises(ContextError, match="candidates"),
         ):
             llm._context.test_check_candidates(True)
 
