@@ -1,22 +1,25 @@
 #include "lminf-recall-impl.h"
 #include "lminf-scan.h"
 
+#include <functional>
+
 // rows that are multiplied with all queries before the next ones: they stay in the nearest cache
 static constexpr int64_t N_TILE = 64;
 
 // queries at a time, so that their products with a tile stay there too
 static constexpr int64_t N_QUERIES = 64;
 
-// rows to fetch ahead, where they lie here and there
-static constexpr size_t N_AHEAD = 8;
+// what is fetched ahead of its use: rows that lie here and there, tiles of sketches
+static constexpr size_t  N_ROWS_AHEAD  = 8;
+static constexpr int64_t N_TILES_AHEAD = 8;
 
-static void prefetch(const uint8_t * row, size_t size) {
+static void prefetch(const void * begin, size_t size) {
 #if defined(__GNUC__)
     for (size_t i = 0; i < size; i += 64) {
-        __builtin_prefetch(row + i);
+        __builtin_prefetch((const uint8_t *) begin + i);
     }
 #else
-    (void) row;
+    (void) begin;
     (void) size;
 #endif
 }
@@ -31,6 +34,54 @@ static int64_t lowest_bit(uint64_t x) {
     }
     return res;
 #endif
+}
+
+// A key's score and index as one number, larger if the key is better (lminf_recall::best).
+static uint64_t rank(float score, uint32_t index) {
+    uint32_t bits;
+    memcpy(&bits, &score, sizeof(bits));
+    bits ^= bits >> 31 != 0 ? UINT32_MAX : 1u << 31;
+    return (uint64_t) bits << 32 | index;
+}
+
+static uint32_t rank_index(uint64_t rank) {
+    return (uint32_t) rank & 0x7fffffff;
+}
+
+static float rank_score(uint64_t rank) {
+    auto bits = (uint32_t) (rank >> 32);
+    bits ^= bits >> 31 != 0 ? 1u << 31 : UINT32_MAX;
+    float res;
+    memcpy(&res, &bits, sizeof(res));
+    return res;
+}
+
+// Leaves the n largest of different numbers, in any order. As std::nth_element(), but parts them without branches, which
+// nothing could predict: three times as fast.
+static void select_largest(std::vector<uint64_t> & values, size_t n) {
+    static constexpr size_t N_SMALL = 16;
+
+    size_t begin = 0; // those before it stay, those from end on go
+    size_t end   = values.size();
+    while (end - begin > N_SMALL && n > begin && n < end) {
+        const uint64_t a = values[begin];
+        const uint64_t b = values[begin + (end - begin)/2];
+        const uint64_t c = values[end - 1];
+        const uint64_t pivot = std::max(std::min(a, b), std::min(std::max(a, b), c));
+
+        size_t larger = begin;
+        for (size_t i = begin; i < end; ++i) {
+            const uint64_t value = values[i];
+            values[i]      = values[larger];
+            values[larger] = value;
+            larger += value > pivot;
+        }
+        (larger < n ? begin : end) = larger;
+    }
+    if (n > begin && n < end) {
+        std::partial_sort(values.begin() + begin, values.begin() + n, values.begin() + end, std::greater<>());
+    }
+    values.resize(n);
 }
 
 // log-sum-exp of what a head sees anyway
@@ -60,7 +111,7 @@ struct lminf_recall::scan {
         int64_t                    i0; // its queries [i0, i1)
         int64_t                    i1;
         best *                     found;
-        std::vector<entry>         candidates;
+        std::vector<uint64_t>      candidates; // ranks
     };
 
     const lminf_recall & self;
@@ -114,13 +165,10 @@ struct lminf_recall::scan {
     }
 
 private:
-    const uint8_t * row(int64_t j) const {
-        return self.store.k_rows(seq, op.layer, head) + j % self.store.n_slots*self.store.k_row_size(op.layer);
-    }
-
     void score_all() {
-        const int64_t n_slots  = self.store.n_slots;
-        const size_t  row_size = self.store.k_row_size(op.layer);
+        const int64_t   n_slots  = self.store.n_slots;
+        const size_t    row_size = self.store.k_row_size(op.layer);
+        const uint8_t * rows     = self.store.k_rows(seq, op.layer, head);
 
         std::vector<float> products, scores(N_TILE);
 
@@ -135,7 +183,7 @@ private:
                 }
                 const int64_t n_i = groups[g1 - 1].i1 - i0;
                 products.resize(n_i*N_TILE);
-                queries.multiply(row(j), row_size, n, i0, n_i, products.data());
+                queries.multiply(rows + j % n_slots*row_size, row_size, n, i0, n_i, products.data());
 
                 for (size_t g = g0; g < g1; ++g) {
                     auto & group = groups[g];
@@ -175,10 +223,10 @@ private:
     void shrink(group & group) {
         auto & kept = group.candidates;
         if ((int64_t) kept.size() > n_candidates) {
-            std::nth_element(kept.begin(), kept.begin() + (n_candidates - 1), kept.end(), best::is_better);
-            kept.resize(n_candidates);
+            select_largest(kept, n_candidates);
+            const float worst = rank_score(*std::min_element(kept.begin(), kept.end()));
             for (int64_t i = group.i0; i < group.i1; ++i) {
-                sketches[i].limit = op.product(kept.back().score + minus[i]);
+                sketches[i].limit = op.product(worst + minus[i]);
             }
         }
     }
@@ -201,6 +249,13 @@ private:
             const int64_t j    = j1 - n;
             const auto    tile = keys.from(j % n_slots);
 
+            if (j % n_slots >= N_TILES_AHEAD*N_TILE) { // the processor sees no order in tiles from the last to the first
+                const auto next = keys.from(j % n_slots - N_TILES_AHEAD*N_TILE);
+                for (int64_t w = 0; w < self.store.n_words(op.layer); ++w) {
+                    prefetch(next.words + w*next.stride, N_TILE*sizeof(*next.words));
+                }
+                prefetch(next.factors, N_TILE*sizeof(*next.factors));
+            }
             for (auto & group : groups) {
                 const int64_t r0 = std::clamp<int64_t>(group.token->begin - j, 0, n);
                 const int64_t r1 = std::clamp<int64_t>(group.token->end   - j, 0, n);
@@ -218,7 +273,7 @@ private:
                     for (int64_t i = group.i0; i < group.i1; ++i) {
                         score = std::max(score, op.logit(products[i*N_TILE + r]) - minus[i]);
                     }
-                    group.candidates.push_back({ score, best::index(j + r - group.token->begin), 1 });
+                    group.candidates.push_back(rank(score, best::index(j + r - group.token->begin)));
                 }
                 if ((int64_t) group.candidates.size() >= 2*n_candidates) {
                     shrink(group);
@@ -232,7 +287,8 @@ private:
 
     // Exactly, for those keys alone: their rows are put side by side.
     void score_candidates() {
-        const size_t row_size = self.store.k_row_size(op.layer);
+        const size_t    row_size = self.store.k_row_size(op.layer);
+        const uint8_t * all_rows = self.store.k_rows(seq, op.layer, head);
 
         std::vector<uint8_t> rows(N_TILE*row_size);
         std::vector<float>   products;
@@ -240,14 +296,17 @@ private:
             const auto &  keys = group.candidates;
             const int64_t n_i  = group.i1 - group.i0;
 
+            const auto row = [&](size_t c) {
+                return all_rows + (group.token->begin + rank_index(keys[c])) % self.store.n_slots*row_size;
+            };
             products.resize(n_i*N_TILE);
             for (size_t c0 = 0; c0 < keys.size(); c0 += N_TILE) {
                 const auto n = std::min<int64_t>(N_TILE, (int64_t) (keys.size() - c0));
                 for (int64_t c = 0; c < n; ++c) {
-                    if (c0 + c + N_AHEAD < keys.size()) {
-                        prefetch(row(group.token->begin + keys[c0 + c + N_AHEAD].index), row_size);
+                    if (c0 + c + N_ROWS_AHEAD < keys.size()) {
+                        prefetch(row(c0 + c + N_ROWS_AHEAD), row_size);
                     }
-                    memcpy(rows.data() + c*row_size, row(group.token->begin + keys[c0 + c].index), row_size);
+                    memcpy(rows.data() + c*row_size, row(c0 + c), row_size);
                 }
                 queries.multiply(rows.data(), row_size, n, group.i0, n_i, products.data());
                 for (int64_t c = 0; c < n; ++c) {
@@ -255,7 +314,7 @@ private:
                     for (int64_t i = 0; i < n_i; ++i) {
                         score = std::max(score, op.logit(products[i*n + c]) - minus[group.i0 + i]);
                     }
-                    group.found->offer({ score, keys[c0 + c].index, 1 }, self.n_best);
+                    group.found->offer({ score, rank_index(keys[c0 + c]), 1 }, self.n_best);
                 }
             }
         }
@@ -265,8 +324,8 @@ private:
     void mark_candidates(bool all) {
         for (auto & group : groups) {
             std::vector<uint32_t> indices;
-            for (const auto & key : group.candidates) {
-                indices.push_back(key.index);
+            for (const uint64_t key : group.candidates) {
+                indices.push_back(rank_index(key));
             }
             std::sort(indices.begin(), indices.end());
             for (int64_t i = 0; i < group.found->n; ++i) {
