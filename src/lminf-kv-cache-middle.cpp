@@ -86,11 +86,8 @@ void lminf_kv_cache::begin_middle(const llama_ubatch & ubatch) {
 }
 
 void lminf_kv_cache::find_means(llama_seq_id seq_id) {
-    const auto & store = middle->store;
-    const size_t last  = store.n_layers() - 1; // the one that is found last, also if the process was ended meanwhile
-
     const auto [slot, n] = middle_rows(seqs[seq_id]);
-    if (n >= N_MEAN && store.mean(seq_id, last, store.n_heads(last) - 1)[0] == 0.0f) {
+    if (n >= N_MEAN && !middle->store.has_means(seq_id)) {
         lctx->synchronize();
         middle->recall.find_means(seq_id, slot, n);
     }
@@ -249,7 +246,8 @@ lminf_recall::checked lminf_kv_cache::check_result() const {
     return middle ? middle->recall.check_result() : lminf_recall::checked();
 }
 
-// [number of rows, id of the file] and, in memory, the rows; of a file, their checksum
+// [number of rows, id of the file] and, in memory, the rows; of a file, their checksum, with that of their sketches if the means
+// were found: they may be found after the state was saved
 void lminf_kv_cache::write_middle(llama_io_write_i & io, llama_seq_id seq_id) const {
     const auto & store = middle->store;
 
@@ -260,7 +258,7 @@ void lminf_kv_cache::write_middle(llama_io_write_i & io, llama_seq_id seq_id) co
 
     if (store.is_file()) {
         store.sync();
-        const uint64_t sum = store.checksum(seq_id, slot, n);
+        const uint64_t sum = store.checksum(seq_id, slot, n, store.has_means(seq_id));
         io.write(&sum, sizeof(sum));
     } else {
         store.for_each_stretch(seq_id, slot, n, [&](const uint8_t * rows, size_t size) { io.write(rows, size); });
@@ -283,7 +281,9 @@ void lminf_kv_cache::read_middle(llama_io_read_i & io, llama_seq_id seq_id, cons
     if (store.is_file()) {
         uint64_t sum = 0;
         io.read(&sum, sizeof(sum));
-        if (sum != store.checksum(seq_id, slot, n)) {
+        const bool is_equal = (store.has_means(seq_id) && sum == store.checksum(seq_id, slot, n, true)) ||
+            sum == store.checksum(seq_id, slot, n, false);
+        if (!is_equal) {
             throw std::runtime_error("the store of middle tokens " + group->store_path + " has changed since the state was saved");
         }
     } else {

@@ -2,6 +2,7 @@
 #include "lminf-scan.h"
 
 #include <functional>
+#include <optional>
 
 // rows that are multiplied with all queries before the next ones: they stay in the nearest cache
 static constexpr int64_t N_TILE = 64;
@@ -127,6 +128,8 @@ struct lminf_recall::scan {
     std::vector<group>              groups;
     std::vector<lminf_sketch_query> sketches;
 
+    std::optional<lminf_sketcher> sketcher;
+
     int64_t seq  = 0;
     int64_t head = 0;
 
@@ -211,11 +214,12 @@ private:
     //
 
     void sketch_queries() {
-        lminf_sketcher sketcher(self.store.n_embd_k(op.layer));
-
+        if (!sketcher) {
+            sketcher.emplace(self.store.n_embd_k(op.layer));
+        }
         sketches.clear();
         for (const float * vector : vectors) {
-            sketches.push_back(sketcher.query(vector, self.store.mean(seq, op.layer, head) + 1));
+            sketches.push_back(sketcher->query(vector, self.store.mean(seq, op.layer, head) + 1));
         }
     }
 

@@ -250,6 +250,17 @@ std::vector<uint8_t> lminf_store::make_header(uint64_t id) const {
     return { bytes, bytes + res.size()*sizeof(res[0]) };
 }
 
+bool lminf_store::has_means(int64_t seq) const {
+    for (size_t il = 0; il < layers.size(); ++il) {
+        for (int64_t ih = 0; ih < layers[il].n_head; ++ih) {
+            if (n_words(il) == 0 || mean(seq, il, ih)[0] == 0.0f) {
+                return false;
+            }
+        }
+    }
+    return true;
+}
+
 uint64_t lminf_store::id() const {
     uint64_t res = 0;
     if (is_file()) {
@@ -259,7 +270,7 @@ uint64_t lminf_store::id() const {
 }
 
 // Finds accidents, not forgeries: four lanes of multiply and rotate, fast enough to be bound by memory.
-uint64_t lminf_store::checksum(int64_t seq, int64_t slot, int64_t n) const {
+uint64_t lminf_store::checksum(int64_t seq, int64_t slot, int64_t n, bool with_sketches) const {
     static constexpr uint64_t ODD = 0x9e3779b97f4a7c15;
 
     uint64_t lanes[4] = { 1, 2, 3, 4 };
@@ -281,7 +292,7 @@ uint64_t lminf_store::checksum(int64_t seq, int64_t slot, int64_t n) const {
         for (; i < size; ++i) {
             mix(lanes[i % 4], bytes[i]);
         }
-    });
+    }, with_sketches);
 
     uint64_t res = (uint64_t) n;
     for (const uint64_t lane : lanes) {

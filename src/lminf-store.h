@@ -50,6 +50,9 @@ public:
     // With sketches: [0] is not 0 if there is a mean of all keys, which follows, [n_embd_k]. All 0 in the beginning.
     float * mean(int64_t seq, size_t layer, int64_t head) const { return (float *) (data + head_offset(seq, layer, head)); }
 
+    // Whether all heads have one. A sequence's mean stays once it is found.
+    bool has_means(int64_t seq) const;
+
     // word w of slot i is [w*n_slots + i]; its factor is [i]
     uint64_t * sketches(int64_t seq, size_t layer, int64_t head) const {
         return (uint64_t *) ((uint8_t *) mean(seq, layer, head) + mean_size(layer));
@@ -74,9 +77,9 @@ public:
     uint64_t id() const;
 
     // Calls f(rows, size) for each stretch of bytes that slots [slot, slot + n) of a sequence take, with the means. n <= n_slots;
-    // slots wrap.
+    // slots wrap. !with_sketches: without them and the means, which tell nothing that the rows do not.
     template <typename F>
-    void for_each_stretch(int64_t seq, int64_t slot, int64_t n, F && f) const {
+    void for_each_stretch(int64_t seq, int64_t slot, int64_t n, F && f, bool with_sketches = true) const {
         const int64_t n_first = n < n_slots - slot ? n : n_slots - slot;
 
         const auto stretch = [&](uint8_t * rows, size_t row_size) {
@@ -87,11 +90,12 @@ public:
         };
         for (size_t il = 0; il < layers.size(); ++il) {
             for (int64_t ih = 0; ih < layers[il].n_head; ++ih) {
-                if (n_words(il) > 0) {
+                const int64_t n_sketch = with_sketches ? n_words(il) : 0;
+                if (n_sketch > 0) {
                     f((uint8_t *) mean(seq, il, ih), mean_size(il));
                     stretch((uint8_t *) factors(seq, il, ih), sizeof(ggml_fp16_t));
                 }
-                for (int64_t iw = 0; iw < n_words(il); ++iw) {
+                for (int64_t iw = 0; iw < n_sketch; ++iw) {
                     stretch((uint8_t *) (sketches(seq, il, ih) + iw*n_slots), sizeof(uint64_t));
                 }
                 stretch(k_rows(seq, il, ih), k_row_size(il));
@@ -101,7 +105,7 @@ public:
     }
 
     // of the bytes of these slots
-    uint64_t checksum(int64_t seq, int64_t slot, int64_t n) const;
+    uint64_t checksum(int64_t seq, int64_t slot, int64_t n, bool with_sketches) const;
 
     void copy(int64_t seq_src, int64_t seq_dst, int64_t slot, int64_t n);
 

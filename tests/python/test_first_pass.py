@@ -125,6 +125,21 @@ class TestStates:
             other.load_state(tmp_path / "state")
             np.testing.assert_array_equal(other.eval(ASKED, recall=True), expected)
 
+    def test_a_state_from_before_there_was_a_mean(
+        self, open_llama: OpenLlama, head_64: TinyModel, tmp_path: Path
+    ) -> None:
+        """In a file, where it has been found since."""
+        middle = config_of(RETRIEVAL, n_candidates=NEARLY_ALL, path=tmp_path / "store")
+        with open_llama(head_64, ATTENTION, middle=middle) as llm:
+            llm.eval(READ[:200])
+            llm.save_state(tmp_path / "state")
+            llm.eval(READ[200:])
+            expected = llm.eval(ASKED, recall=True)
+        with open_llama(head_64, ATTENTION, middle=middle) as other:
+            other.load_state(tmp_path / "state")
+            other.eval(READ[200:])
+            np.testing.assert_allclose(other.eval(ASKED, recall=True), expected, atol=TOLERANCE)
+
     def test_a_store_without_sketches_is_another_one(
         self, open_llama: OpenLlama, head_64: TinyModel, tmp_path: Path
     ) -> None:
