@@ -17,15 +17,16 @@ from pathlib import Path
 import numpy as np
 
 from lminf_edge import Llama, LMInfConfig, MiddleConfig
+from lminf_edge.evaluation.passkey_prompts import QUESTION, TASK, TOLD
 from lminf_edge.evaluation.texts import text_file, tokenize_text
 from tables import markdown_table, open_model_path
 
 PIECE = 4096
 """Tokens at a time."""
 
-TASK = "A pass key is told somewhere in a long text. Find it and keep it in mind: it is asked for at the end.\n\n"
-TOLD = " The pass key is 73914. Do not forget it: 73914 is the pass key."
+KEY = "73914"
 QUESTIONS = (
+    QUESTION,
     "\n\nWhat is the pass key? The pass key is the number",
     "\n\nWhat is the pass key? The pass key is",
     " I was asked for the pass key and answered:",
@@ -38,7 +39,7 @@ def ask(llm: Llama, question: str) -> bool:
     tokens = llm.tokenize(question, add_bos=False)
     answer = "".join(step.text for step in llm.generate(tokens, max_tokens=8, temperature=0, recall=True))
     llm.truncate(n_past)
-    return "73914" in answer
+    return KEY in answer
 
 
 def decode_seconds(llm: Llama, recall: bool) -> float:
@@ -113,7 +114,7 @@ def main() -> None:
         if args.state.exists():
             llm.load_state(args.state)
         else:
-            begin = tokens[:1000] + llm.tokenize(TOLD, add_bos=False)
+            begin = tokens[:1000] + llm.tokenize(TOLD.format(key=KEY), add_bos=False)
             list(llm.generate(begin, max_tokens=0))
         for length in lengths:
             while llm.n_past < length:

@@ -30,6 +30,13 @@ def open_tiny(path: Path, **middle: Any) -> ChatSession:
     )  # fmt: skip
 
 
+def talk(session: ChatSession) -> int:
+    """Three short questions and answers; returns how many tokens there are then."""
+    for _ in range(3):
+        session.send("ABCDEFGH", **LETTERS)
+    return session.llm.n_past
+
+
 def said(session: ChatSession, position: int) -> str | None:
     token = session.llm._sequence._history.token_at(position)
     return None if token is None else session.llm.detokenize([token])
@@ -41,9 +48,7 @@ def recalled(session: ChatSession) -> set[int]:
 
 def test_a_message_that_fills_the_window_leaves_the_store_alone(head_32: TinyModel) -> None:
     with open_tiny(head_32.path) as session:
-        for _ in range(3):
-            session.send("ABCDEFGH", **LETTERS)
-        n_before = session.llm.n_past
+        n_before = talk(session)
         session.send(LONG, **LETTERS)
         assert [message["role"] for message in session.remembered_messages] == ["system", "user", "assistant"]
         stats = session.llm.memory_stats()
@@ -58,8 +63,7 @@ def test_a_message_that_fills_the_window_leaves_the_store_alone(head_32: TinyMod
 def test_the_model_sees_no_more_of_it_than_without_a_store(head_32: TinyModel) -> None:
     """The logits are those of the system prompt and the question alone, at the position where they stand."""
     with open_tiny(head_32.path) as session:
-        for _ in range(3):
-            session.send("ABCDEFGH", **LETTERS)
+        talk(session)
         session.send(LONG, **LETTERS, recall="none")
         logits = session.llm._context.last_logits()
         begin = session._conversation.remembered[0].begin
@@ -79,9 +83,7 @@ def test_the_model_sees_no_more_of_it_than_without_a_store(head_32: TinyModel) -
 
 def test_a_question_that_was_forgotten_while_it_was_answered_comes_back(head_32: TinyModel) -> None:
     with open_tiny(head_32.path) as session:
-        for _ in range(3):
-            session.send("ABCDEFGH", **LETTERS)
-        n_before = session.llm.n_past
+        n_before = talk(session)
         session.send("R" * 50, **MANY_LETTERS, max_tokens=60)
         assert session.usage.n_messages_remembered == 1  # the answer
         begin = session._conversation.remembered[0].begin
@@ -95,9 +97,7 @@ def test_a_question_that_was_forgotten_while_it_was_answered_comes_back(head_32:
 
 def test_another_question_instead_of_the_only_one_that_is_remembered(head_32: TinyModel) -> None:
     with open_tiny(head_32.path) as session:
-        for _ in range(3):
-            session.send("ABCDEFGH", **LETTERS)
-        n_before = session.llm.n_past
+        n_before = talk(session)
         session.send(LONG, **LETTERS)
         session.edit("XYZ", **LETTERS)
         assert session.remembered_messages[1]["content"] == "XYZ"

@@ -26,9 +26,9 @@ CITIES = (
 )  # fmt: skip
 """What the numbers of a text with several are told apart by."""
 
-_TASK = "A pass key is told somewhere in a long text. Find it and keep it in mind: it is asked for at the end.\n\n"
-_TOLD = " The pass key is {key}. Do not forget it: {key} is the pass key."
-_QUESTION = "\n\nWhat is the pass key? The number of the pass key is"
+TASK = "A pass key is told somewhere in a long text. Find it and keep it in mind: it is asked for at the end.\n\n"
+TOLD = " The pass key is {key}. Do not forget it: {key} is the pass key."
+QUESTION = "\n\nWhat is the pass key? The number of the pass key is"
 
 _TASK_SEVERAL = (
     "Secret numbers are told here and there in a long text. Find them and keep them in mind: one is asked for at the "
@@ -158,8 +158,8 @@ class PasskeyFormat:
         Raises:
             ConfigError: The length has no room for that.
         """
-        before = self._tokens(_TASK if len(secrets) == 1 else _TASK_SEVERAL, begins=True)
-        telling, asking = (_TOLD, _QUESTION) if len(secrets) == 1 else (_TOLD_SEVERAL, _QUESTION_SEVERAL)
+        before = self._tokens(TASK if len(secrets) == 1 else _TASK_SEVERAL, begins=True)
+        telling, asking = (TOLD, QUESTION) if len(secrets) == 1 else (_TOLD_SEVERAL, _QUESTION_SEVERAL)
         told = [self._tokens(telling.format(city=each.city, key=each.key)) for each in secrets]
         after = [self._tokens(asking.format(city=each.city)) for each in secrets]
         n_question = max(map(len, after))
