@@ -52,12 +52,14 @@ void lminf_recall::compute_window(ggml_tensor * dst, int ith, int nth, void * da
     const int64_t n_tokens  = q->ne[2];
     const int64_t n_kv      = k->ne[2];
     const int64_t n_split   = dst->ne[3];
+    const size_t  row_size  = ggml_row_size(k->type, k->ne[0]);
     const int64_t n_stream_tokens = n_tokens/k->ne[3];
 
     lminf_scan_queries queries(k->type, k->ne[0]);
 
     std::vector<int64_t> cells;
-    std::vector<float>   products(n_rep), weights(n_rep*N_TILE), value(n_embd_v);
+    std::vector<uint8_t> rows(N_TILE*row_size); // of a head, side by side
+    std::vector<float>   weights(n_rep*N_TILE), value(n_embd_v);
     std::vector<softmax_part> parts(n_rep);
 
     for (int64_t i = ith; i < n_tokens*n_head_kv*n_split; i += nth) {
@@ -86,21 +88,24 @@ void lminf_recall::compute_window(ggml_tensor * dst, int ith, int nth, void * da
                     cells.push_back(cell);
                 }
             }
-            for (size_t c = 0; c < cells.size(); ++c) {
-                queries.multiply((const uint8_t *) element(k, head, cells[c], stream), 0, 1, 0, n_rep, products.data());
-                for (int64_t r = 0; r < n_rep; ++r) {
-                    weights[r*N_TILE + c] = op.logit(products[r]);
-                }
+            const auto n = (int64_t) cells.size();
+            if (n == 0) {
+                continue;
             }
-            for (int64_t r = 0; r < n_rep && !cells.empty(); ++r) {
-                float * w = weights.data() + r*N_TILE;
-                parts[r].raise(*std::max_element(w, w + cells.size()), n_embd_v);
-                for (size_t c = 0; c < cells.size(); ++c) {
+            for (int64_t c = 0; c < n; ++c) {
+                memcpy(rows.data() + c*row_size, element(k, head, cells[c], stream), row_size);
+            }
+            queries.multiply(rows.data(), row_size, n, 0, n_rep, weights.data());
+            op.apply(weights.data(), n_rep*n);
+            for (int64_t r = 0; r < n_rep; ++r) {
+                float * w = weights.data() + r*n;
+                parts[r].raise(*std::max_element(w, w + n), n_embd_v);
+                for (int64_t c = 0; c < n; ++c) {
                     w[c] = expf(w[c] - parts[r].max);
                     parts[r].sum += w[c];
                 }
             }
-            for (size_t c = 0; c < cells.size(); ++c) {
+            for (int64_t c = 0; c < n; ++c) {
                 if (!v_trans) {
                     to_floats(v->type, element(v, head, cells[c], stream), value.data(), n_embd_v);
                 } else {
@@ -109,7 +114,7 @@ void lminf_recall::compute_window(ggml_tensor * dst, int ith, int nth, void * da
                     }
                 }
                 for (int64_t r = 0; r < n_rep; ++r) {
-                    add_scaled(parts[r].values, value.data(), weights[r*N_TILE + c], n_embd_v);
+                    add_scaled(parts[r].values, value.data(), weights[r*n + c], n_embd_v);
                 }
             }
         }

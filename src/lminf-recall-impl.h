@@ -21,6 +21,16 @@ struct lminf_recall::layer_op {
         return softcap == 0.0f ? x : softcap*tanhf(x/softcap);
     }
 
+    // products become logits
+    void apply(float * products, int64_t n) const {
+        for (int64_t i = 0; i < n; ++i) {
+            products[i] *= scale;
+        }
+        for (int64_t i = 0; softcap != 0.0f && i < n; ++i) {
+            products[i] = softcap*tanhf(products[i]/softcap);
+        }
+    }
+
     // the product that has this logit; infinite if none has
     float product(float logit) const {
         if (softcap == 0.0f) {
@@ -49,6 +59,9 @@ struct lminf_recall::best {
     static bool is_better(const entry & a, const entry & b) {
         return a.score > b.score || (a.score == b.score && a.index > b.index);
     }
+
+    // the score below which nothing is kept any more
+    float worst(int64_t n_best) const { return n < n_best ? -INFINITY : entries[0].score; }
 
     void offer(const entry & e, int64_t n_best) {
         if (n < n_best) {

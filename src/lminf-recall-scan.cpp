@@ -187,20 +187,30 @@ private:
                 const int64_t n_i = groups[g1 - 1].i1 - i0;
                 products.resize(n_i*N_TILE);
                 queries.multiply(rows + j % n_slots*row_size, row_size, n, i0, n_i, products.data());
+                op.apply(products.data(), n_i*n);
 
                 for (size_t g = g0; g < g1; ++g) {
                     auto & group = groups[g];
+                    scores.assign(n, -INFINITY);
                     for (int64_t i = group.i0; i < group.i1; ++i) {
-                        const float * product = products.data() + (i - i0)*n;
+                        const float * logit = products.data() + (i - i0)*n;
                         for (int64_t r = 0; r < n; ++r) {
-                            const float score = op.logit(product[r]) - minus[i];
-                            scores[r] = i == group.i0 ? score : std::max(scores[r], score);
+                            scores[r] = std::max(scores[r], logit[r] - minus[i]);
                         }
+                    }
+                    // hardly any tile has one that is good enough: that is found out without branches
+                    const float worst = group.found->worst(self.n_best);
+                    int n_good = 0;
+                    for (int64_t r = 0; r < n; ++r) {
+                        n_good += scores[r] >= worst;
+                    }
+                    if (n_good == 0) {
+                        continue;
                     }
                     const int64_t r0 = std::clamp<int64_t>(group.token->begin - j, 0, n);
                     const int64_t r1 = std::clamp<int64_t>(group.token->end   - j, 0, n);
                     for (int64_t r = r0; r < r1; ++r) {
-                        if (group.found->n < self.n_best || scores[r] >= group.found->entries[0].score) {
+                        if (scores[r] >= group.found->worst(self.n_best)) {
                             group.found->offer({ scores[r], best::index(j + r - group.token->begin), 0 }, self.n_best);
                         }
                     }
