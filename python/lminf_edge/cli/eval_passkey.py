@@ -94,17 +94,20 @@ def _by_window(cells: list[Record]) -> Table:
 
 
 def _by_place(title: str, cells: list[Record], place: Callable[[Record], tuple[float, str]]) -> Table:
+    """A row for each place, because there may be many."""
     table = Table(title=title, title_justify="left")
     table.add_column("tokens", justify="right")
-    table.add_column("method")
-    places = sorted({place(cell) for cell in cells})
-    for _, words in places:
-        table.add_column(words, justify="right")
-    for length, group in rows_by_length(cells):
-        for name, part in group:
-            found = {place(cell): cell for cell in part}
-            shown = [f"{100 * found[each]['exact']['mean']:.0f} %" if each in found else "" for each in places]
-            table.add_row(length, name, *shown)
+    table.add_column("key", justify="right")
+    groups = [(length, dict(group)) for length, group in rows_by_length(cells)]
+    names = list(dict.fromkeys(name for _, group in groups for name in group))
+    for name in names:
+        table.add_column(name, justify="right")
+    for length, group in groups:
+        found = {(name, place(cell)): cell for name, part in group.items() for cell in part}
+        for each in sorted({where for _, where in found}):
+            cells_here = [found.get((name, each)) for name in names]
+            shown = ["" if cell is None else f"{100 * cell['exact']['mean']:.0f} %" for cell in cells_here]
+            table.add_row(length, each[1], *shown)
         table.add_section()
     return table
 
