@@ -21,7 +21,7 @@ from lminf_edge.system import human_bytes
 _N_ROWS = 16
 """A table of more buckets shows the means of several in a row."""
 
-_N_WITH_INTERVAL = 4
+_N_WITH_INTERVAL = 3
 """A table of more passes has no room for intervals, which are in the results file."""
 
 
@@ -89,17 +89,21 @@ def eval_ppl(
 def show_ppl(log: ResultLog) -> None:
     """Tables of a run: losses by position, and what the methods differ by."""
     buckets, summaries = log.of_kind("ppl.bucket"), log.of_kind("ppl.summary")
-    output.print(_by_position(buckets, summaries))
+    for cache_type in dict.fromkeys(each["cache_type"] for each in summaries):
+        alike = [each for each in summaries if each["cache_type"] == cache_type]
+        output.print(_by_position(cache_type, buckets, alike))
     if differences := log.of_kind("ppl.difference"):
         output.print(_differences(differences))
 
 
-def _by_position(buckets: Sequence[Record], summaries: Sequence[Record]) -> Table:
-    table = Table(title="Loss in nats per token (lower is better), ± half of a 95 % interval", title_justify="left")
+def _by_position(cache_type: str, buckets: Sequence[Record], summaries: Sequence[Record]) -> Table:
+    """Of the passes with one type of cache: there is no room for those with all."""
+    title = f"{cache_type} cache: loss in nats per token (lower is better), ± half of a 95 % interval"
+    table = Table(title=title, title_justify="left")
     table.add_column("up to token", justify="right")
-    passes = [(each["method"], each["cache_type"]) for each in summaries]
-    for method, cache_type in passes:
-        table.add_column(f"{method}\n{cache_type}", justify="right")
+    passes = [(each["method"], cache_type) for each in summaries]
+    for method, _ in passes:
+        table.add_column(method, justify="right")
     ends = sorted({each["end"] for each in buckets})
     for group in _groups(ends):
         row = [f"{group[-1]:,}"]
