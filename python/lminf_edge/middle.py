@@ -41,7 +41,7 @@ class MiddleConfig:
         max_tokens: The newest tokens that can be looked up; of what is older nothing is kept. More than n_window.
         n_candidates: Stored keys that are multiplied with a query, for each KV head (or query head, as `per` says). A
             first pass chooses them by one bit of each rotated component, which reads a seventh of the bytes; worth
-            it from some 65,536 tokens on (docs/semantics.md, "Middle tokens"). At least k. None: all keys.
+            it from some 32,768 tokens on (docs/semantics.md, "Middle tokens"). At least k. None: all keys.
         path: File for the store, of which the system keeps in memory what is in use. None: in memory. A file that is
             there already must have been made for the same model and parameters.
 
