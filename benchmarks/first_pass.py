@@ -31,6 +31,7 @@ QUESTIONS = (
     "\n\nWhat is the pass key? The pass key is",
     " I was asked for the pass key and answered:",
 )
+"""The first one is that of `lminf-edge eval passkey`."""
 
 
 def ask(llm: Llama, question: str) -> bool:

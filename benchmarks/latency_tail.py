@@ -5,7 +5,7 @@
 Decodes tokens one by one in a full window and, after each, does a fixed piece of other work (hashing), which has no
 model, no memory to speak of and nothing to wait for. Of both it tells how much longer than the median the slowest
 hundredth takes, in time by the clock and in processor time, and how many of the slow ones were interrupted by the
-system. About a minute for 2,000 tokens with the default model.
+system. About a minute for 2,000 tokens with the default model. Not for Windows, which does not count interruptions.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from lminf_edge import Llama, LMInfConfig
 from tables import markdown_table, open_model_path, text_tokens
 
 WORK = bytes(12_000_000)
+"""What is hashed."""
 
 SLOW = 1.2
 """Times the median."""

@@ -58,7 +58,7 @@ static float rank_score(uint64_t rank) {
 }
 
 // Leaves the n largest of different numbers, in any order. As std::nth_element(), but parts them without branches, which
-// nothing could predict: three times as fast.
+// nothing could predict.
 static void select_largest(std::vector<uint64_t> & values, size_t n) {
     static constexpr size_t N_SMALL = 16;
 

@@ -29,6 +29,7 @@ CITIES = (
 TASK = "A pass key is told somewhere in a long text. Find it and keep it in mind: it is asked for at the end.\n\n"
 TOLD = " The pass key is {key}. Do not forget it: {key} is the pass key."
 QUESTION = "\n\nWhat is the pass key? The number of the pass key is"
+"""How one key is announced, told and asked for; the model goes on with it."""
 
 _TASK_SEVERAL = (
     "Secret numbers are told here and there in a long text. Find them and keep them in mind: one is asked for at the "
