@@ -2,8 +2,8 @@
 
 How long a token takes to look through a store depends on how many keys are in it, not on what they are. So a sequence
 goes on shortly before its depth and reads a window there, and the rows that the store then has are repeated in its
-saved state (`lminf_kv_cache::state_write()` in `src/lminf-kv-cache-state.cpp`, `write_middle()` in
-`src/lminf-kv-cache-middle.cpp`):
+saved state (`lminf_kv_cache::state_write()` in `src/cache/lminf-kv-cache-state.cpp`, `write_middle()` in
+`src/cache/lminf-kv-cache-middle.cpp`):
 
     magic number, sequence
     magic number, version, 15 parameters, number of sequences (1)
