@@ -216,25 +216,22 @@ void Context::use::decode_batch(const llama_token * tokens, const llama_seq_id *
     llama_synchronize(ctx());
 }
 
+void Context::use::remove(int64_t p0, int64_t p1) {
+    if (!lminf_seq_rm(ctx(), seq_id, p0, p1)) {
+        throw error(error_type::state, lminf_last_error());
+    }
+    forget_logits();
+}
+
 void Context::use::truncate(int64_t n_past) {
     const int64_t n_now = lminf_n_past(ctx(), seq_id);
     if (n_past < 0 || n_past > n_now) {
         throw error(error_type::config,
             "n_past = " + std::to_string(n_past) + ": must be from 0 to the present " + std::to_string(n_now));
     }
-    if (n_past == n_now) {
-        return;
+    if (n_past < n_now) {
+        remove(n_past, -1);
     }
-    const log_scope scope(context.model->verbose);
-    llama_memory_t  memory = llama_get_memory(ctx());
-    // llama_pos is counted from somewhere else than logical positions in a very long sequence
-    const int64_t p0 = n_past == 0 ? 0 : llama_memory_seq_pos_max(memory, seq_id) + 1 - (n_now - n_past);
-    if (p0 < 0 || !llama_memory_seq_rm(memory, seq_id, static_cast<llama_pos>(p0), -1)) {
-        throw error(error_type::state,
-            "the last " + std::to_string(n_now - n_past) +
-                " tokens cannot be removed exactly: what they pushed out of the window is gone (see n_rollback)");
-    }
-    forget_logits();
 }
 
 void Context::use::forget(int64_t end) {
@@ -242,17 +239,11 @@ void Context::use::forget(int64_t end) {
     if (!lminf_get_params(ctx(), &params)) {
         throw error(error_type::state, "only LM-Infinite forgets a part of its window");
     }
-    const log_scope scope(context.model->verbose);
-    llama_memory_t  memory = llama_get_memory(ctx());
-    // llama_pos is counted from somewhere behind the sink tokens in a very long sequence
-    const int64_t origin = lminf_n_past(ctx(), seq_id) - (llama_memory_seq_pos_max(memory, seq_id) + 1);
-    const int64_t begin  = origin > 0 ? 1 : params.n_sink;
-    if (end >= lminf_n_past(ctx(), seq_id) ||
-        !llama_memory_seq_rm(memory, seq_id, static_cast<llama_pos>(begin), static_cast<llama_pos>(end - origin))) {
-        throw error(
-            error_type::state, "tokens up to position " + std::to_string(end) + " cannot be forgotten: only the " +
-                "oldest part of the window can, without the last token");
+    if (end >= lminf_n_past(ctx(), seq_id)) {
+        throw error(error_type::state, "tokens up to position " + std::to_string(end) +
+                " cannot be forgotten: the last token stays");
     }
+    remove(params.n_sink, end);
 }
 
 // Without its Hadamard rotation llama.cpp cannot shift quantised keys: it rotates them back with a matrix that is not there.

@@ -113,6 +113,9 @@ public:
     // Logits of the last token of this sequence, [n_vocab]. Throws error_type::state if they are not there.
     const float * last_logits() const;
 
+    // See lminf_seq_rm(). Throws error_type::state if that is not possible exactly.
+    void remove(int64_t p0, int64_t p1);
+
     // Removes everything from position n_past on. Throws error_type::state if that is not possible exactly.
     void truncate(int64_t n_past);
 

@@ -381,7 +381,7 @@ class Llama(CompletionMethods, ScoringMethods):
 
         Raises:
             ConfigError: There are not so many tokens.
-            StateError: More than `n_rollback` tokens would be removed, and what they pushed out of the window is
+            StateError: More than `n_rollback` tokens of the longest that the sequence has been would be removed, and what they pushed out of the window is
                 gone; or another thread computes. Nothing was changed.
         """
         check_int("n_past", n_past, 0, 2**63 - 1)

@@ -140,7 +140,11 @@ static lminf_status resolve_middle(const llama_model & model, const lminf_params
     return LMINF_STATUS_OK;
 }
 
-lminf_status lminf_resolve_params(const llama_model & model, llama_context_type ctx_type, uint32_t n_seq_max, lminf_params & p) {
+// Sink tokens above this number are placed once in a micro-batch at most, so that one spare copy of them is enough.
+static constexpr uint32_t N_SINK_FEW = 64;
+
+lminf_status lminf_resolve_params(
+        const llama_model & model, llama_context_type ctx_type, uint32_t n_seq_max, uint32_t n_ubatch, lminf_params & p) {
     const std::string reason = unsupported_reason(model, ctx_type, n_seq_max);
     if (!reason.empty()) {
         return lminf_fail_unsupported(model, reason);
@@ -150,7 +154,7 @@ lminf_status lminf_resolve_params(const llama_model & model, llama_context_type 
 
     p.n_window = p.n_window ? p.n_window : std::min(2048u, n_train);
     p.n_clamp  = p.n_clamp  ? p.n_clamp  : p.n_window;
-    p.n_block  = p.n_block  ? p.n_block  : std::min(64u, p.n_clamp);
+    p.n_block  = p.n_block  ? p.n_block  : std::min(p.n_sink > N_SINK_FEW ? std::max(64u, n_ubatch) : 64u, p.n_clamp);
     p.n_rebase = p.n_rebase ? p.n_rebase : 65536;
 
     const auto str = [](uint64_t x) { return std::to_string(x); };
@@ -194,7 +198,9 @@ enum lminf_status lminf_resolve_params(
     if (!model || !params) {
         return lminf_fail(LMINF_STATUS_CONFIG, "model and params must not be NULL");
     }
-    return lminf_resolve_params(*model, cparams.ctx_type, cparams.n_seq_max, *params);
+    // as llama.cpp does
+    const uint32_t n_ubatch = cparams.n_ubatch == 0 ? cparams.n_batch : std::min(cparams.n_batch, cparams.n_ubatch);
+    return lminf_resolve_params(*model, cparams.ctx_type, cparams.n_seq_max, n_ubatch, *params);
 }
 
 static bool is_castable(ggml_type type) {

@@ -2,15 +2,12 @@
 
 #include "lminf-env.h"
 #include "lminf-hooks.h"
-#include "lminf-kv-cache.h"
+#include "lminf-memory.h"
+#include "lminf-middle.h"
 #include "lminf-params.h"
 
 #include "llama-context.h"
 #include "llama-impl.h"
-#include "llama-kv-cache-iswa.h"
-#include "llama-memory-hybrid-iswa.h"
-#include "llama-memory-hybrid.h"
-#include "llama-memory-recurrent.h"
 #include "llama-model.h"
 
 #include <algorithm>
@@ -51,43 +48,6 @@ lminf_status lminf_succeed() {
 // context
 //
 
-// the KV cache of the full-attention layers, whatever memory holds it; NULL if the context was not made with LM-Infinite
-static lminf_kv_cache * get_kv_cache(llama_memory_i * memory) {
-    if (auto * hybrid = dynamic_cast<llama_memory_hybrid *>(memory)) {
-        memory = hybrid->get_mem_attn();
-    } else if (auto * hybrid_iswa = dynamic_cast<llama_memory_hybrid_iswa *>(memory)) {
-        memory = hybrid_iswa->get_mem_attn();
-    }
-    if (auto * iswa = dynamic_cast<llama_kv_cache_iswa *>(memory)) {
-        memory = iswa->get_base();
-    }
-    return dynamic_cast<lminf_kv_cache *>(memory);
-}
-
-static lminf_kv_cache * get_kv_cache(const llama_context * ctx) {
-    return ctx ? get_kv_cache(llama_get_memory(ctx)) : nullptr;
-}
-
-// the states beside that cache, if the model has any
-static llama_memory_recurrent * get_recurrent(const llama_context * ctx) {
-    llama_memory_i * memory = llama_get_memory(ctx);
-
-    if (auto * hybrid = dynamic_cast<llama_memory_hybrid *>(memory)) {
-        return hybrid->get_mem_recr();
-    }
-    if (auto * hybrid_iswa = dynamic_cast<llama_memory_hybrid_iswa *>(memory)) {
-        return hybrid_iswa->get_mem_recr();
-    }
-    return nullptr;
-}
-
-// after the positions of the KV caches changed
-static void align_recurrent(const llama_context * ctx, llama_seq_id seq_id) {
-    if (auto * recurrent = get_recurrent(ctx)) {
-        recurrent->seq_add(seq_id, -1, -1, get_kv_cache(ctx)->seq_pos_max(seq_id) - recurrent->seq_pos_max(seq_id));
-    }
-}
-
 void lminf_use_params(const struct lminf_params * params) {
     request = { /*.by_caller =*/ true, params ? std::optional(*params) : std::nullopt };
     lminf_succeed();
@@ -109,7 +69,8 @@ static lminf_status check_context(const llama_model & model, const llama_memory_
     return lminf_check_cache_types(model, params.type_k, params.type_v);
 }
 
-llama_memory_i * lminf_create_memory(const llama_model & model, const llama_memory_params & params, llama_cparams & cparams) {
+llama_memory_i * lminf_create_memory(
+        llama_context & lctx, const llama_model & model, const llama_memory_params & params, llama_cparams & cparams) {
     auto asked = request.by_caller ? request.params : lminf_params_from_env();
 
     if (asked && !request.by_caller && cparams.embeddings && !model.hparams.causal_attn) {
@@ -121,7 +82,7 @@ llama_memory_i * lminf_create_memory(const llama_model & model, const llama_memo
     }
 
     auto & p = *asked;
-    if (lminf_resolve_params(model, params.ctx_type, cparams.n_seq_max, p) != LMINF_STATUS_OK ||
+    if (lminf_resolve_params(model, params.ctx_type, cparams.n_seq_max, cparams.n_ubatch, p) != LMINF_STATUS_OK ||
             check_context(model, params, cparams) != LMINF_STATUS_OK) {
         throw std::runtime_error(last_error);
     }
@@ -134,16 +95,18 @@ llama_memory_i * lminf_create_memory(const llama_model & model, const llama_memo
         cparams.n_ctx_seq = lminf_largest_distance(model, p);
     }
 
+    const auto group = std::make_shared<lminf_cache_group>(p, cparams.n_ubatch, cparams.n_seq_max, lctx);
+
     std::unique_ptr<llama_memory_i> memory;
     {
-        const lminf_cache_group_scope scope(std::make_shared<lminf_cache_group>(p, cparams.n_ubatch));
+        const lminf_cache_group_scope scope(group);
         memory.reset(model.create_memory(params, cparams));
     }
-    if (!get_kv_cache(memory.get())) {
+    if (group->caches.empty()) {
         lminf_fail_unsupported(model, "it has a memory of its own kind");
         throw std::runtime_error(last_error);
     }
-    return memory.release();
+    return std::make_unique<lminf_memory>(std::move(memory), group).release();
 }
 
 void lminf_refuse_rope(const llama_model & model) {
@@ -179,7 +142,8 @@ struct llama_context * lminf_init_from_model(
     llama_context * ctx = llama_init_from_model(model, cparams);
     request = before;
 
-    if (ctx && !get_kv_cache(ctx)->has_recall_hooks()) {
+    const auto * memory = lminf_memory::of(ctx);
+    if (memory && memory->get_cache().get_middle() && !memory->get_cache().get_middle()->is_hooked()) {
         lminf_fail_middle(*model, "its attention is built in a way of its own");
         llama_free(ctx);
         return nullptr;
@@ -203,22 +167,28 @@ const char * lminf_last_error(void) {
 //
 
 bool lminf_get_params(const struct llama_context * ctx, struct lminf_params * params) {
-    const auto * kv = get_kv_cache(ctx);
-    if (kv && params) {
-        *params = kv->get_group().params;
-        params->middle.path = kv->get_group().store_path.empty() ? nullptr : kv->get_group().store_path.c_str();
+    const auto * memory = lminf_memory::of(ctx);
+    if (memory && params) {
+        const auto & group = memory->get_group();
+        *params = group.params;
+        params->middle.path = group.store_path.empty() ? nullptr : group.store_path.c_str();
     }
-    return kv != nullptr;
+    return memory != nullptr;
+}
+
+// whether the context has this sequence
+static bool has_seq(const llama_context * ctx, llama_seq_id seq_id) {
+    return ctx && llama_get_memory(ctx) && seq_id >= 0 && (uint32_t) seq_id < llama_n_seq_max(ctx);
 }
 
 bool lminf_get_stats(const struct llama_context * ctx, llama_seq_id seq_id, struct lminf_stats * stats) {
-    const llama_memory_i * memory = ctx ? llama_get_memory(ctx) : nullptr;
-    if (!memory || !stats || seq_id < 0 || (uint32_t) seq_id >= llama_n_seq_max(ctx)) {
+    if (!stats || !has_seq(ctx, seq_id)) {
         return false;
     }
+    const llama_memory_i * memory = llama_get_memory(ctx);
 
-    if (const auto * kv = get_kv_cache(ctx)) {
-        *stats = kv->stats(seq_id);
+    if (const auto * ours = lminf_memory::of(ctx)) {
+        *stats = ours->get_cache().stats(seq_id);
     } else {
         *stats = {};
         stats->n_past        = lminf_n_past(ctx, seq_id);
@@ -233,31 +203,36 @@ bool lminf_get_stats(const struct llama_context * ctx, llama_seq_id seq_id, stru
     return true;
 }
 
+// what stores middle tokens of a context, NULL if it stores none
+static lminf_middle * get_middle(const llama_context * ctx) {
+    const auto * memory = lminf_memory::of(ctx);
+    return memory ? memory->get_cache().get_middle() : nullptr;
+}
+
 bool lminf_get_middle_stats(const struct llama_context * ctx, llama_seq_id seq_id, struct lminf_middle_stats * stats) {
-    if (!ctx || !stats || seq_id < 0 || (uint32_t) seq_id >= llama_n_seq_max(ctx)) {
+    if (!stats || !has_seq(ctx, seq_id)) {
         return false;
     }
-    const auto * kv = get_kv_cache(ctx);
-    *stats = kv ? kv->middle_stats(seq_id) : lminf_middle_stats{};
+    const auto * middle = get_middle(ctx);
+    *stats = middle ? middle->stats(lminf_memory::of(ctx)->get_cache().sequence(seq_id)) : lminf_middle_stats{};
     return true;
 }
 
 bool lminf_set_recall(struct llama_context * ctx, enum lminf_recall_mode mode) {
-    auto * kv = get_kv_cache(ctx);
-    if (!kv || kv->get_group().params.middle.k == 0) {
+    if (!get_middle(ctx)) {
         return mode == LMINF_RECALL_OFF;
     }
-    kv->set_recall(mode);
+    lminf_memory::of(ctx)->get_group().recall = mode;
     return true;
 }
 
 int32_t lminf_get_recall(
         const struct llama_context * ctx, llama_seq_id seq_id, struct lminf_recalled_token * dst, int32_t n_max) {
-    const auto * kv = get_kv_cache(ctx);
-    if (!kv || !kv->has_seq(seq_id)) {
+    const auto * middle = get_middle(ctx);
+    if (!middle || !has_seq(ctx, seq_id)) {
         return 0;
     }
-    const auto found = kv->recalled(seq_id);
+    const auto found = middle->recalled(seq_id);
     for (int32_t i = 0; i < std::min((int32_t) found.size(), n_max); ++i) {
         dst[i] = { found[i].pos, found[i].weight };
     }
@@ -265,10 +240,54 @@ int32_t lminf_get_recall(
 }
 
 int64_t lminf_n_past(const struct llama_context * ctx, llama_seq_id seq_id) {
-    if (const auto * kv = get_kv_cache(ctx)) {
-        return kv->has_seq(seq_id) ? kv->n_past(seq_id) : -1;
+    if (!has_seq(ctx, seq_id)) {
+        return -1;
     }
-    return (int64_t) llama_memory_seq_pos_max(llama_get_memory(ctx), seq_id) + 1;
+    const auto * memory = lminf_memory::of(ctx);
+    return memory ? memory->get_cache().sequence(seq_id).n_past : (int64_t) llama_memory_seq_pos_max(llama_get_memory(ctx), seq_id) + 1;
+}
+
+static bool refuse(const std::string & reason) {
+    if (reason.empty()) {
+        lminf_succeed();
+        return true;
+    }
+    lminf_fail(LMINF_STATUS_CONTEXT, reason);
+    return false;
+}
+
+bool lminf_seq_rm(struct llama_context * ctx, llama_seq_id seq_id, int64_t p0, int64_t p1) {
+    if (!has_seq(ctx, seq_id)) {
+        return refuse("there is no sequence " + std::to_string(seq_id));
+    }
+    if (auto * memory = lminf_memory::of(ctx)) {
+        return refuse(memory->remove(seq_id, p0, p1));
+    }
+    const int64_t n_past = lminf_n_past(ctx, seq_id);
+    const bool    ok     = llama_memory_seq_rm(llama_get_memory(ctx), seq_id, (llama_pos) std::clamp<int64_t>(p0, 0, n_past),
+            p1 < 0 || p1 >= n_past ? -1 : (llama_pos) p1);
+    return refuse(ok ? "" : "llama.cpp cannot remove this part of the sequence");
+}
+
+bool lminf_seq_cp(struct llama_context * ctx, llama_seq_id src, llama_seq_id dst, int64_t n_tokens) {
+    for (const llama_seq_id seq_id : { src, dst }) {
+        if (!has_seq(ctx, seq_id)) {
+            return refuse("there is no sequence " + std::to_string(seq_id));
+        }
+    }
+    if (auto * memory = lminf_memory::of(ctx)) {
+        return refuse(memory->copy(src, dst, n_tokens));
+    }
+    const bool is_whole = n_tokens < 0 || n_tokens >= lminf_n_past(ctx, src);
+    if (!is_whole && !ctx->get_cparams().kv_unified) {
+        return refuse("llama.cpp copies only whole sequences between streams of their own");
+    }
+    llama_memory_t memory = llama_get_memory(ctx);
+    if (src != dst) {
+        llama_memory_seq_rm(memory, dst, -1, -1);
+        llama_memory_seq_cp(memory, src, dst, is_whole ? -1 : 0, is_whole ? -1 : (llama_pos) n_tokens);
+    }
+    return refuse("");
 }
 
 int32_t lminf_decode(
@@ -278,18 +297,13 @@ int32_t lminf_decode(
                 std::to_string(llama_n_batch(ctx)) + "]");
         return -1;
     }
-    if (auto * kv = get_kv_cache(ctx)) {
-        if (!kv->has_seq(seq_id)) {
-            lminf_fail(LMINF_STATUS_CONTEXT, "there is no sequence " + std::to_string(seq_id));
-            return -1;
-        }
-        bool renumbered = false;
-        for (auto * cache : kv->get_group().caches) {
-            renumbered = cache->renumber(seq_id);
-        }
-        if (renumbered) {
-            align_recurrent(ctx, seq_id);
-        }
+    if (!has_seq(ctx, seq_id)) {
+        lminf_fail(LMINF_STATUS_CONTEXT, "there is no sequence " + std::to_string(seq_id));
+        return -1;
+    }
+    auto * memory = lminf_memory::of(ctx);
+    if (memory) {
+        memory->renumber(seq_id);
     }
 
     std::vector<llama_token>    token(tokens, tokens + n_tokens);
@@ -314,7 +328,7 @@ int32_t lminf_decode(
     const int32_t res = llama_decode(ctx, batch);
 
     // llama.cpp undoes an unfinished micro-batch by removing it, which a recurrent state does not allow
-    if (res != 0 && res != 1 && get_kv_cache(ctx) && get_recurrent(ctx)) {
+    if (res != 0 && res != 1 && memory && memory->is_hybrid()) {
         llama_memory_seq_rm(llama_get_memory(ctx), seq_id, -1, -1);
     }
     return res;
@@ -329,40 +343,33 @@ const char * lminf_patch_id(void) {
 //
 
 bool lminf_test_set_position(struct llama_context * ctx, llama_seq_id seq_id, int64_t pos) {
-    const auto * kv = get_kv_cache(ctx);
-    if (!kv || !kv->has_seq(seq_id) || !kv->can_set_position(seq_id, pos)) {
-        return false;
-    }
-    for (auto * cache : kv->get_group().caches) {
-        cache->set_position(seq_id, pos);
-    }
-    align_recurrent(ctx, seq_id);
-    return true;
+    auto * memory = lminf_memory::of(ctx);
+    return memory && memory->set_position(seq_id, pos);
 }
 
 size_t lminf_test_get_key(
         const struct llama_context * ctx, llama_seq_id seq_id, int32_t il, int64_t pos, void * dst, size_t size) {
-    const auto * kv = get_kv_cache(ctx);
-    return kv && kv->has_seq(seq_id) ? kv->get_key(seq_id, il, pos, dst, size) : 0;
+    const auto * memory = lminf_memory::of(ctx);
+    return memory && has_seq(ctx, seq_id) ? memory->get_cache().get_key(seq_id, il, pos, dst, size) : 0;
 }
 
 size_t lminf_test_get_sink_original(
         const struct llama_context * ctx, llama_seq_id seq_id, int32_t il, uint32_t j, void * dst, size_t size) {
-    const auto * kv = get_kv_cache(ctx);
-    return kv && kv->has_seq(seq_id) ? kv->get_sink_original(seq_id, il, j, dst, size) : 0;
+    const auto * memory = lminf_memory::of(ctx);
+    return memory && has_seq(ctx, seq_id) ? memory->get_cache().get_sink_original(seq_id, il, j, dst, size) : 0;
 }
 
 bool lminf_test_check_candidates(struct llama_context * ctx, bool check) {
-    auto * kv = get_kv_cache(ctx);
-    return kv && kv->check_candidates(check);
+    auto * middle = get_middle(ctx);
+    return middle && middle->check_candidates(check);
 }
 
 bool lminf_test_get_candidates(const struct llama_context * ctx, int64_t * n_recalled, int64_t * n_found) {
-    const auto * kv = get_kv_cache(ctx);
-    if (!kv || kv->get_group().params.middle.n_candidates == 0) {
+    const auto * middle = get_middle(ctx);
+    if (!middle || lminf_memory::of(ctx)->get_group().params.middle.n_candidates == 0) {
         return false;
     }
-    const auto res = kv->check_result();
+    const auto res = middle->check_result();
     *n_recalled = res.n_best;
     *n_found    = res.n_found;
     return true;

@@ -40,8 +40,9 @@ struct lminf_params {
     uint32_t n_sink;     // S: the first S tokens of a sequence are never evicted
     uint32_t n_window;   // W: key j is in the local window of query p iff p - j < W; 0 = min(2048, trained context)
     uint32_t n_clamp;    // L: the largest RoPE distance a query may see; 0 = n_window
-    uint32_t n_block;    // B: sink tokens are re-placed once per B positions, 1 <= B <= L; 0 = min(64, L)
-    uint32_t n_rollback; // tokens at the end of a sequence that can be removed exactly at any time
+    uint32_t n_block;    // B: sink tokens are re-placed once per B positions, 1 <= B <= L; 0 = min(64, L), of more than 64 sink tokens
+                         // min(max(64, n_ubatch), L)
+    uint32_t n_rollback; // a sequence can be cut exactly to this many tokens fewer than the longest it has been
     uint32_t n_rebase;   // physical position at which a sequence is rebased; 0 = 65536
     enum lminf_sink_order sink_order;
     struct lminf_middle_params middle; // k = 0 by default
@@ -131,6 +132,15 @@ LLAMA_API int32_t lminf_get_recall(
 
 // Logical position of the sequence's next token, for contexts with and without LM-Infinite.
 LLAMA_API int64_t lminf_n_past(const struct llama_context * ctx, llama_seq_id seq_id);
+
+// Removes the tokens at logical positions [p0, p1); p1 < 0: to the end. The tail, as far back as n_rollback tokens before the longest
+// that the sequence has been (and as everything needed is still stored); the oldest part of the window, [n_sink, p1); all. Exact, or
+// refused: false then, lminf_last_error() says why, and nothing has changed in any part of the memory. Also for contexts
+// without LM-Infinite.
+LLAMA_API bool lminf_seq_rm(struct llama_context * ctx, llama_seq_id seq_id, int64_t p0, int64_t p1);
+
+// The sequence dst becomes a copy of the first n_tokens of src (< 0: of all), which go on independently. Exact, or refused as above.
+LLAMA_API bool lminf_seq_cp(struct llama_context * ctx, llama_seq_id src, llama_seq_id dst, int64_t n_tokens);
 
 // Appends n_tokens (at most n_batch) to a sequence: llama_decode() for streams without end. Positions are implied, and
 // move on past 2^31, where llama_pos ends. output: n_tokens flags, or NULL for logits of the last token only.

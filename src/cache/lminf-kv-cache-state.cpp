@@ -1,57 +1,49 @@
-// Saved states of sequences (llama_state_*).
+// Saved states of sequences (llama_state_*): what one cache adds to them. lminf_memory writes the header.
 
 #include "lminf-kv-cache.h"
 
-#include "llama-impl.h"
+#include "lminf-middle.h"
+#include "lminf-sinks.h"
+
 #include "llama-io.h"
 #include "llama-model.h"
 
 #include <stdexcept>
 #include <string>
 
-static constexpr uint32_t STATE_MAGIC   = 0x464e494c; // "LINF"
-static constexpr uint32_t STATE_VERSION = 2;
-
-// what has to be the same when a state is read
-std::vector<std::pair<const char *, int64_t>> lminf_kv_cache::state_parameters() const {
-    const auto type = [&](ggml_tensor * kv_layer::* t) {
-        return layers.empty() || !(layers[0].*t) ? GGML_TYPE_COUNT : (layers[0].*t)->type;
+std::vector<std::pair<std::string, int64_t>> lminf_kv_cache::state_parameters() const {
+    std::vector<std::pair<std::string, int64_t>> res = {
+        { "n_sink",           policy.n_sink             },
+        { "n_window",         policy.n_window           },
+        { "n_clamp",          policy.n_clamp            },
+        { "n_block",          policy.n_block            },
+        { "n_rollback",       policy.n_rollback         },
+        { "n_rebase",         policy.rebase_limit()     },
+        { "n_ubatch",         policy.n_ubatch           },
+        { "sink_order",       policy.kept_order         },
+        { "flash attention",  !v_trans                  },
+        { "number of layers", (int64_t) layers.size()   },
+        { "max_tokens",       policy.n_middle           },
+        { "the cache type of middle tokens", middle ? middle->get_store().type : GGML_TYPE_COUNT },
+        { "bytes of a middle token",         middle ? (int64_t) middle->get_store().token_size() : 0 },
     };
-    return {
-        { "n_sink",           policy.n_sink            },
-        { "n_window",         policy.n_window          },
-        { "n_clamp",          policy.n_clamp           },
-        { "n_block",          policy.n_block           },
-        { "n_rollback",       policy.n_rollback        },
-        { "n_rebase",         policy.rebase_limit()    },
-        { "n_ubatch",         policy.n_ubatch          },
-        { "sink_order",       policy.kept_order        },
-        { "cache type of K",  type(&kv_layer::k)       },
-        { "cache type of V",  type(&kv_layer::v)       },
-        { "flash attention",  !v_trans                 },
-        { "number of layers", (int64_t) layers.size()  },
-        { "max_tokens",       policy.n_middle          },
-        { "the cache type of middle tokens", middle ? middle->store.type : GGML_TYPE_COUNT },
-        { "bytes of a middle token",         middle ? (int64_t) middle->store.token_size() : 0 },
-    };
-}
-
-template <typename T>
-static void write_value(llama_io_write_i & io, const T & value) {
-    io.write(&value, sizeof(value));
-}
-
-template <typename T>
-static T read_value(llama_io_read_i & io) {
-    T res;
-    io.read(&res, sizeof(res));
+    // a row too: a cache of other heads is another cache
+    for (const auto & layer : layers) {
+        const std::string name = " of layer " + std::to_string(layer.il);
+        res.emplace_back("cache type of K" + name, layer.k->type);
+        res.emplace_back("components of K" + name, layer.k->ne[0]);
+        if (layer.v) {
+            res.emplace_back("cache type of V" + name, layer.v->type);
+            res.emplace_back("components of V" + name, layer.v->ne[0]);
+        }
+    }
     return res;
 }
 
 template <typename F>
 void lminf_kv_cache::for_each_slice(llama_seq_id seq_id, int64_t n_used, F && f) const {
-    for (size_t i = 0; i < layers.size(); ++i) {
-        const auto & layer = layers[i];
+    for (size_t i = 0; i < kv.all.size(); ++i) {
+        const auto & layer = kv.all[i];
 
         ggml_tensor * k = layer.k_stream[seq_id];
         f(k, 0, n_used*k->nb[1]);
@@ -65,87 +57,66 @@ void lminf_kv_cache::for_each_slice(llama_seq_id seq_id, int64_t n_used, F && f)
                 }
             }
         }
-        if (sink_k[i]) {
-            const size_t n = policy.n_sink*sink_k[i]->nb[1];
-            f(sink_k[i], seq_id*n, n);
+        if (ggml_tensor * originals = sinks->originals()[i]) {
+            const auto [offset, size] = sinks->slice(originals, seq_id);
+            f(originals, offset, size);
         }
     }
 }
 
 void lminf_kv_cache::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) const {
-    if (flags & LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY) {
-        throw std::runtime_error("LM-Infinite saves sequences as a whole");
-    }
-
-    write_value(io, STATE_MAGIC);
-    write_value(io, STATE_VERSION);
-    for (const auto & [_, value] : state_parameters()) {
-        write_value(io, value);
-    }
+    GGML_UNUSED(flags);
 
     const llama_seq_id s0 = seq_id < 0 ? 0                     : seq_id;
     const llama_seq_id s1 = seq_id < 0 ? (int) seqs.size() - 1 : seq_id;
 
-    write_value(io, (uint32_t) (s1 - s0 + 1));
     for (llama_seq_id s = s0; s <= s1; ++s) {
-        const auto data = seqs.at(s).save();
+        const auto books = seqs.at(s).save();
 
-        write_value(io, (uint64_t) data.size());
-        io.write(data.data(), data.size()*sizeof(data[0]));
+        const auto n_books = (uint64_t) books.size();
+        io.write(&n_books, sizeof(n_books));
+        io.write(books.data(), books.size()*sizeof(books[0]));
 
         for_each_slice(s, seqs[s].n_used(), [&](ggml_tensor * t, size_t offset, size_t size) {
             io.write_tensor(t, offset, size);
         });
         if (middle) {
-            write_middle(io, s);
+            middle->write(io, s, seqs[s]);
         }
     }
 }
 
 void lminf_kv_cache::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) {
-    if (flags & LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY) {
-        throw std::runtime_error("LM-Infinite restores sequences as a whole");
-    }
-    if (seq_id >= 0 && !has_seq(seq_id)) {
-        throw std::runtime_error("there is no such sequence");
-    }
-    if (read_value<uint32_t>(io) != STATE_MAGIC || read_value<uint32_t>(io) != STATE_VERSION) {
-        throw std::runtime_error("this is not the state of an LM-Infinite cache, or that of another version");
-    }
-    for (const auto & [name, value] : state_parameters()) {
-        const auto saved = read_value<int64_t>(io);
-        if (saved != value) {
-            throw std::runtime_error(std::string("the state was saved with ") + name + " = " + std::to_string(saved) + ", this context has " +
-                    std::to_string(value));
-        }
-    }
-    const auto n_seqs = read_value<uint32_t>(io);
-    if (n_seqs != (seq_id < 0 ? seqs.size() : 1)) {
-        throw std::runtime_error("the state holds " + std::to_string(n_seqs) + " sequences");
-    }
+    GGML_UNUSED(flags);
 
-    for (uint32_t i = 0; i < n_seqs; ++i) {
-        const llama_seq_id s = seq_id < 0 ? (llama_seq_id) i : seq_id;
+    const llama_seq_id s0 = seq_id < 0 ? 0                     : seq_id;
+    const llama_seq_id s1 = seq_id < 0 ? (int) seqs.size() - 1 : seq_id;
+
+    for (llama_seq_id s = s0; s <= s1; ++s) {
+        const std::runtime_error damaged("the state of sequence " + std::to_string(s) + " is damaged");
 
         lminf_sequence seq(policy);
 
-        auto data = seq.save(); // as long as what was written
-        if (read_value<uint64_t>(io) != data.size()) {
-            throw std::runtime_error("the state of sequence " + std::to_string(s) + " is damaged");
+        uint64_t n_books = 0;
+        io.read(&n_books, sizeof(n_books));
+        const uint64_t n_most = seq.save().size() + 3*(uint64_t) policy.n_ring();
+        if (n_books > n_most) {
+            throw damaged;
         }
-        io.read(data.data(), data.size()*sizeof(data[0]));
-        if (!seq.load(data)) {
-            throw std::runtime_error("the state of sequence " + std::to_string(s) + " is damaged");
+        std::vector<int64_t> books(n_books);
+        io.read(books.data(), books.size()*sizeof(books[0]));
+        if (!seq.load(books)) {
+            throw damaged;
         }
 
-        // empty until all is there
-        seqs[s] = lminf_sequence(policy);
+        seqs[s] = lminf_sequence(policy); // empty until all is there
         for_each_slice(s, seq.n_used(), [&](ggml_tensor * t, size_t offset, size_t size) {
             io.read_tensor(t, offset, size);
         });
         if (middle) {
-            read_middle(io, s, seq);
+            middle->read(io, s, seq);
         }
-        seqs[s] = seq;
+        seqs[s] = std::move(seq);
+        group->damaged[s] = false;
     }
 }

@@ -1,6 +1,8 @@
 #include "lminf-kv-cache.h"
 
-#include "lminf-hooks.h"
+#include "lminf-middle.h"
+#include "lminf-mover.h"
+#include "lminf-sinks.h"
 
 #include "llama-context.h"
 #include "llama-impl.h"
@@ -24,7 +26,11 @@ lminf_cache_group_scope::~lminf_cache_group_scope() {
     group_pending.reset();
 }
 
-static lminf_policy make_policy(
+std::shared_ptr<lminf_cache_group> lminf_cache_group_scope::current() {
+    return group_pending;
+}
+
+lminf_policy lminf_kv_cache::make_policy(
         const lminf_cache_group & group, const llama_hparams & hparams, uint32_t n_swa, llama_swa_type swa_type) {
     const auto & params = group.params;
 
@@ -48,30 +54,55 @@ static lminf_policy make_policy(
     return res;
 }
 
-std::unique_ptr<llama_kv_cache> lminf_make_kv_cache(
-        const llama_model & model, const llama_hparams & hparams, ggml_type type_k, ggml_type type_v, bool v_trans,
-        bool offload, bool unified, uint32_t kv_size, uint32_t n_seq_max, uint32_t n_pad, uint32_t n_swa,
-        llama_swa_type swa_type, llama_memory_t mem_other, const llama_memory_i::layer_filter_cb & filter,
-        const llama_memory_i::layer_reuse_cb & reuse, const llama_memory_i::layer_share_cb & share) {
-    if (!group_pending || mem_other) {
-        return std::make_unique<llama_kv_cache>(model, hparams, type_k, type_v, v_trans, offload, unified, kv_size, n_seq_max, n_pad,
-                n_swa, swa_type, mem_other, filter, reuse, share);
-    }
-    return std::make_unique<lminf_kv_cache>(group_pending, make_policy(*group_pending, hparams, n_swa, swa_type), model, hparams,
-            type_k, type_v, v_trans, offload, unified, n_seq_max, n_swa, swa_type, filter, reuse);
+void lminf_kv_cache::init() {
+    seqs.assign(n_seq_max, lminf_sequence(policy));
+
+    init_layers();
+    sinks  = std::make_unique<lminf_sinks>(policy, kv, hparams.no_alloc);
+    middle = lminf_middle::make(model, policy, kv, *group);
+
+    group->caches.push_back(this);
 }
 
-lminf_kv_cache::lminf_kv_cache(
-        std::shared_ptr<lminf_cache_group> group, const lminf_policy & policy,
-        const llama_model & model, const llama_hparams & hparams, ggml_type type_k, ggml_type type_v, bool v_trans,
-        bool offload, bool unified, uint32_t n_seq_max, uint32_t n_swa, llama_swa_type swa_type,
-        const layer_filter_cb & filter, const layer_reuse_cb & reuse) :
-    llama_kv_cache(model, hparams, type_k, type_v, v_trans, offload, unified, (uint32_t) policy.n_cells(), n_seq_max,
-            /* n_pad */ 1, n_swa, swa_type, /* mem_other */ nullptr, filter, reuse, /* share */ nullptr),
-    group(std::move(group)), policy(policy), seqs(n_seq_max, lminf_sequence(this->policy)), ropes(layers.size()) {
-    alloc_sink_originals();
-    make_middle();
-    this->group->caches.push_back(this);
+void lminf_kv_cache::init_layers() {
+    kv.n_stream       = n_stream;
+    kv.n_pos_per_embd = hparams.n_pos_per_embd();
+    kv.v_trans        = v_trans;
+
+    std::map<ggml_backend_buffer_type_t, ggml_tensor *> k_rot;
+    for (const auto & layer : layers) {
+        lminf_layer res = {};
+        res.il        = (int32_t) layer.il;
+        res.k         = layer.k;
+        res.v         = layer.v;
+        res.k_stream  = layer.k_stream;
+        res.v_stream  = layer.v_stream;
+        res.n_head_kv = hparams.n_head_kv(layer.il);
+        res.n_embd_k  = hparams.n_embd_head_k(layer.il);
+        res.n_embd_v  = hparams.n_embd_head_v(layer.il);
+
+        ggml_backend_buffer_type_t buft = ggml_backend_buffer_get_type(layer.k->buffer);
+        if (attn_rot_k && k_rot.count(buft) == 0) {
+            ggml_context_ptr ctx { ggml_init({ ggml_tensor_overhead(), nullptr, true }) };
+
+            ggml_tensor *           rot = build_input_k_rot(ctx.get());
+            ggml_backend_buffer_ptr buf { hparams.no_alloc ? ggml_backend_buft_alloc_buffer(buft, 0)
+                                                           : ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), buft) };
+            if (!buf) {
+                throw std::runtime_error("failed to allocate the cache's Hadamard matrix");
+            }
+            if (hparams.no_alloc) {
+                rot->buffer = buf.get();
+            } else {
+                ggml_backend_tensor_set(rot, attn_rot_hadamard.at(rot->ne[0]).data(), 0, ggml_nbytes(rot));
+            }
+            k_rot[buft] = rot;
+            k_rot_bufs.emplace_back(std::move(ctx), std::move(buf));
+        }
+        res.k_rot = attn_rot_k ? k_rot.at(buft) : nullptr;
+
+        kv.all.push_back(std::move(res));
+    }
 }
 
 lminf_kv_cache::~lminf_kv_cache() {
@@ -79,79 +110,21 @@ lminf_kv_cache::~lminf_kv_cache() {
     caches.erase(std::remove(caches.begin(), caches.end(), this), caches.end());
 }
 
-void lminf_kv_cache::alloc_sink_originals() {
-    sink_k.resize(layers.size(), nullptr);
-    k_rot .resize(layers.size(), nullptr);
-
-    if (policy.n_sink == 0 && !attn_rot_k) {
-        return;
+llama_memory_context_ptr lminf_kv_cache::init_full() {
+    // what the memory computes by itself finds its room now, or the context is not made
+    if (!mover && !hparams.no_alloc) {
+        mover = std::make_unique<lminf_mover>(group->lctx, kv, sinks->originals());
     }
-
-    std::map<ggml_backend_buffer_type_t, std::vector<size_t>> by_buft;
-    for (size_t i = 0; i < layers.size(); ++i) {
-        by_buft[ggml_backend_buffer_get_type(layers[i].k->buffer)].push_back(i);
+    sinks->capture_most();
+    if (middle) {
+        middle->set_recalls(false);
     }
-
-    for (const auto & [buft, ids] : by_buft) {
-        const ggml_init_params iparams = {
-            /*.mem_size   =*/ ggml_tensor_overhead()*(ids.size() + 1),
-            /*.mem_buffer =*/ nullptr,
-            /*.no_alloc   =*/ true,
-        };
-        ggml_context_ptr ctx { ggml_init(iparams) };
-
-        ggml_tensor * rot = build_input_k_rot(ctx.get());
-
-        for (const size_t i : ids) {
-            if (policy.n_sink > 0) {
-                sink_k[i] = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, layers[i].k->ne[0], policy.n_sink*n_stream);
-                ggml_format_name(sink_k[i], "sink_k_l%d", layers[i].il);
-            }
-            k_rot[i] = rot;
-        }
-
-        if (hparams.no_alloc) { // nothing will be computed; see memory_breakdown()
-            ggml_backend_buffer_ptr none { ggml_backend_buft_alloc_buffer(buft, 0) };
-            for (ggml_tensor * t = ggml_get_first_tensor(ctx.get()); t; t = ggml_get_next_tensor(ctx.get(), t)) {
-                t->buffer = none.get();
-            }
-            sink_bufs.emplace_back(std::move(ctx), std::move(none));
-            continue;
-        }
-
-        ggml_backend_buffer_ptr buf { ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), buft) };
-        if (!buf) {
-            throw std::runtime_error("failed to allocate the sink tokens' originals");
-        }
-        ggml_backend_buffer_clear(buf.get(), 0);
-        if (rot) {
-            ggml_backend_tensor_set(rot, attn_rot_hadamard.at(rot->ne[0]).data(), 0, ggml_nbytes(rot));
-        }
-        sink_bufs.emplace_back(std::move(ctx), std::move(buf));
-    }
+    return llama_kv_cache::init_full();
 }
 
 //
 // batches
 //
-
-llama_memory_context_ptr lminf_kv_cache::init_full() {
-    // the largest graph is one that captures all sink tokens and fills all copies
-    capture = {};
-    capture.sinks     .resize(policy.n_sink*n_stream);
-    capture.placements.resize(policy.n_sink_cells()*n_stream);
-    capture.values    .resize((policy.n_sink_cells() - policy.n_sink)*n_stream);
-    if (middle) {
-        middle->recalls = false;
-    }
-
-    return llama_kv_cache::init_full();
-}
-
-llama_memory_context_ptr lminf_kv_cache::init_update(llama_context * lctx, bool optimize) {
-    this->lctx = lctx;
-    return llama_kv_cache::init_update(lctx, optimize);
-}
 
 std::vector<lminf_kv_cache::ubatch_part> lminf_kv_cache::parts(const llama_ubatch & ubatch) const {
     const uint32_t n_seqs = n_stream == 1 ? 1 : ubatch.n_seqs_unq;
@@ -167,37 +140,34 @@ std::vector<lminf_kv_cache::ubatch_part> lminf_kv_cache::parts(const llama_ubatc
 void lminf_kv_cache::compact(llama_seq_id seq_id) {
     // Bytes are moved as they are. In a device's memory that would be thousands of tiny transfers, and a transposed V is
     // read by an attention that gains nothing.
-    const auto is_host = [](const ggml_tensor * t) { return !t || ggml_backend_buffer_is_host(t->buffer); };
-    for (const auto & layer : layers) {
-        if (v_trans || !is_host(layer.k) || !is_host(layer.v)) {
-            return;
-        }
+    if (v_trans || !kv.is_host()) {
+        return;
     }
-
     const auto moves = seqs[seq_id].compact();
     if (moves.empty()) {
         return;
     }
-    lctx->synchronize();
-    for (const auto & layer : layers) {
+    group->lctx.synchronize();
+    for (const auto & layer : kv.all) {
         for (ggml_tensor * t : { layer.k_stream[seq_id], layer.v_stream[seq_id] }) {
             for (size_t i = 0; t && i < moves.size(); ++i) {
-                memcpy((char *) t->data + moves[i].to*t->nb[1], (char *) t->data + moves[i].from*t->nb[1], t->nb[1]);
+                memcpy((char *) t->data + moves[i].to*t->nb[1], (char *) t->data + moves[i].from*t->nb[1], moves[i].n*t->nb[1]);
             }
         }
     }
 }
 
 llama_kv_cache::slot_info_vec_t lminf_kv_cache::prepare(const std::vector<llama_ubatch> & ubatches) {
-    capture = {};
+    sinks->begin_capture();
 
-    if (lctx && !lctx->get_cparams().causal_attn) {
+    if (!group->lctx.get_cparams().causal_attn) {
         LLAMA_LOG_ERROR("%s: LM-Infinite needs causal attention, and llama_set_causal_attn() has turned it off\n", __func__);
         return {};
     }
 
-    if (lctx && ubatches.size() == 1 && ubatches[0].n_tokens == 1 && has_seq(ubatches[0].seq_id[0][0])) {
-        compact(ubatches[0].seq_id[0][0]);
+    if (middle && !middle->is_hooked()) {
+        LLAMA_LOG_ERROR("%s: middle tokens cannot be recalled by this model: its attention is built in a way of its own\n", __func__);
+        return {};
     }
 
     slot_info_vec_t res;
@@ -220,13 +190,20 @@ llama_kv_cache::slot_info_vec_t lminf_kv_cache::prepare(const std::vector<llama_
             const auto & part = parts[s];
 
             bool ok = has_seq(part.seq_id);
+            if (ok && group->damaged[part.seq_id]) {
+                LLAMA_LOG_ERROR("%s: sequence %d is damaged: moving its keys failed halfway; clear it\n", __func__, part.seq_id);
+                return {};
+            }
             if (ok) {
+                if (part.n == 1 && ubatches.size() == 1) {
+                    compact(part.seq_id);
+                }
                 const auto & seq = trial.emplace(part.seq_id, seqs[part.seq_id]).first->second;
 
                 for (uint32_t i = 0; i < part.n; ++i) {
                     const uint32_t it = part.i0 + i;
                     ok = ok && ubatch.n_seq_id[it] == 1 && ubatch.seq_id[it][0] == part.seq_id &&
-                        logical(seq, ubatch.pos[it]) == seq.n_past + i;
+                        seq.origin + ubatch.pos[it] == seq.n_past + i;
                 }
             }
             if (!ok) {
@@ -244,7 +221,7 @@ llama_kv_cache::slot_info_vec_t lminf_kv_cache::prepare(const std::vector<llama_
     }
 
     for (const auto & [seq_id, seq] : trial) {
-        if (middle && !reserve_middle(seq_id, seq.n_past)) {
+        if (middle && !middle->reserve(seq_id, seq.n_past)) {
             return {};
         }
     }
@@ -252,75 +229,99 @@ llama_kv_cache::slot_info_vec_t lminf_kv_cache::prepare(const std::vector<llama_
     return res;
 }
 
-bool lminf_kv_cache::begin_ubatch(const llama_ubatch & ubatch) {
-    capture = {};
+int64_t lminf_kv_cache::next_base(llama_seq_id seq_id, int64_t p0, int64_t p1) const {
+    const auto * first = group->caches.front();
+    const auto & seq   = first->seqs[seq_id];
+    return first == this ? policy.base(p0, p1, seq.base) : seq.base;
+}
 
-    std::vector<key_move> moves;
+bool lminf_kv_cache::begin_ubatch(const llama_ubatch & ubatch) {
+    try {
+        return make_ready(ubatch);
+    } catch (const std::exception & error) { // it would go through llama_decode()
+        LLAMA_LOG_ERROR("%s: %s\n", __func__, error.what());
+        return false;
+    }
+}
+
+bool lminf_kv_cache::make_ready(const llama_ubatch & ubatch) {
+    sinks->begin_capture();
+
+    //
+    // plan
+    //
+
+    struct rebase { llama_seq_id seq_id; int64_t base; };
+
+    std::vector<rebase>         rebases;
+    std::vector<lminf_key_move> shifts;
+    lminf_sinks::plan           plan;
 
     for (const auto & part : parts(ubatch)) {
         auto & seq = seqs[part.seq_id];
 
-        const int64_t p0 = seq.n_past;
-        const int64_t p1 = p0 + part.n - 1;
+        const int64_t p0   = seq.n_past;
+        const int64_t p1   = p0 + part.n - 1;
+        const int64_t base = next_base(part.seq_id, p0, p1);
 
-        const int64_t base = policy.base(p0, p1, seq.base);
-        if (base != seq.base && !rebase(part.seq_id, base)) {
-            return false;
-        }
-
-        // sink tokens stored so far; those of this very micro-batch follow in capture_sinks()
-        const int64_t n_stored = std::min(policy.n_sink, p0);
-
-        for (int64_t b = policy.block(p0); n_stored > 0 && b <= policy.block(p1); ++b) {
-            const int64_t p     = b*policy.n_block;
-            const int64_t icopy = policy.copy(p);
-            const int64_t shift = icopy == 0 ? 0 : policy.sink_shift(p);
-
-            auto & copy = seq.copies[icopy];
-
-            if (copy.n_v < n_stored) {
-                if (!copy_values(part.seq_id, icopy)) {
-                    return false;
+        if (base != seq.base) {
+            rebases.push_back({ part.seq_id, base });
+            // what a rollback could bring back is rotated too; what was forgotten or overwritten is not
+            for (const auto & run : seq.kept()) {
+                for (int64_t i = 0; i < run.n; ++i) {
+                    const int64_t cell = global_cell(part.seq_id, run.cell + i);
+                    shifts.push_back({ cell, cell, (int32_t) (seq.base - base) });
                 }
-                copy.n_v = n_stored;
-            }
-
-            if (copy.shift != shift || copy.base != seq.base || copy.n_k < n_stored) {
-                for (int64_t j = 0; j < n_stored; ++j) {
-                    moves.push_back({ part.seq_id*policy.n_sink + j, global_cell(part.seq_id, policy.sink_cell(icopy, j)),
-                            policy.sink_pos(j, shift) - seq.base });
-                }
-                copy.shift = shift;
-                copy.base  = seq.base;
-                copy.n_k   = n_stored;
-
-                seq.n_placements++;
             }
         }
+        sinks->add_to(plan, part.seq_id, seq, p0, p1, base);
     }
 
-    if (!place_keys(moves)) {
-        for (auto & seq : seqs) {
-            for (auto & copy : seq.copies) {
-                copy.n_k = 0; // unknown now: place again
-            }
+    //
+    // execute
+    //
+
+    if (!mover->shift(shifts)) {
+        for (const auto & rebase : rebases) {
+            group->damaged[rebase.seq_id] = true; // some keys stand where they stood, some do not
         }
         return false;
     }
+    for (const auto & rebase : rebases) {
+        seqs[rebase.seq_id].base = rebase.base;
+        seqs[rebase.seq_id].n_rebases++;
+    }
+    if (!mover->copy_values(plan.values) || !mover->place(plan.keys)) {
+        plan.forget();
+        return false;
+    }
+
+    //
+    // commit
+    //
+
+    plan.commit();
 
     ubatch.data->pos_rope.clear();
     for (const auto & part : parts(ubatch)) {
-        const auto & seq = seqs[part.seq_id];
+        auto & seq = seqs[part.seq_id];
 
         if (seq.n_past < policy.n_sink) {
-            capture_sinks(part.seq_id, seq.n_past, seq.n_past + part.n - 1, (int32_t) part.i0);
+            sinks->capture(part.seq_id, seq, seq.n_past, seq.n_past + part.n - 1, (int32_t) part.i0);
+        }
+        if (middle) {
+            middle->find_means(part.seq_id, seq, group->lctx);
         }
         for (uint32_t i = 0; i < part.n; ++i) {
             ubatch.data->pos_rope.push_back((llama_pos) (seq.n_past + i - seq.base));
         }
     }
     if (middle) {
-        begin_middle(ubatch);
+        std::vector<lminf_middle::part> tokens;
+        for (const auto & part : parts(ubatch)) {
+            tokens.push_back({ part.seq_id, &seqs[part.seq_id], part.n });
+        }
+        middle->begin(tokens, group->recall);
     }
     // no query sees a distance above L, so none needs another temperature than that of position L
     ubatch.data->pos_max = (llama_pos) policy.n_clamp;
@@ -343,4 +344,8 @@ uint32_t lminf_kv_cache::get_n_kv(const slot_info & sinfo) const {
     }
     // in steps, so that the graph can be reused
     return (uint32_t) std::min(policy.n_cells(), GGML_PAD(res, 256));
+}
+
+bool lminf_kv_cache::can_reuse_graph() const {
+    return !sinks->is_capturing() && (!middle || middle->can_reuse_graph());
 }

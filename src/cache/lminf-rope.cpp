@@ -103,6 +103,15 @@ lminf_rope lminf_rope::find_query(const ggml_tensor * q) {
     return find(t);
 }
 
+lminf_rope lminf_rope::any(int64_t n_embd_head) {
+    lminf_rope res;
+    res.state     = ROTATED;
+    res.n_dims    = (int) n_embd_head/2*2;
+    res.mode      = GGML_ROPE_TYPE_NEOX;
+    res.freq_base = 10000.0f;
+    return res;
+}
+
 // op_params as laid out by ggml_rope_impl()
 void lminf_rope::read(const ggml_tensor * rope) {
     const int32_t * ints = rope->op_params;
@@ -114,7 +123,6 @@ void lminf_rope::read(const ggml_tensor * rope) {
     memcpy(&freq_base,   ints +  5, sizeof(float));
     memcpy(&freq_scale,  ints +  6, sizeof(float));
     memcpy(&ext_factor,  ints +  7, sizeof(float));
-    memcpy(&attn_factor, ints +  8, sizeof(float));
     memcpy(&beta_fast,   ints +  9, sizeof(float));
     memcpy(&beta_slow,   ints + 10, sizeof(float));
     memcpy(sections,     ints + 11, sizeof(sections));
@@ -129,31 +137,19 @@ float lminf_rope::yarn_magnitude() const {
     return ext_factor != 0.0f ? 1.0f + 0.1f*logf(1.0f/freq_scale) : 1.0f;
 }
 
-ggml_tensor * lminf_rope::unrotate(ggml_context * ctx, ggml_tensor * cur, ggml_tensor * neg_pos) const {
-    const float m = yarn_magnitude();
-    return apply(ctx, cur, neg_pos, 1.0f/(attn_factor*m*m));
-}
-
-ggml_tensor * lminf_rope::rotate(ggml_context * ctx, ggml_tensor * cur, ggml_tensor * pos) const {
-    return apply(ctx, cur, pos, attn_factor);
-}
-
 ggml_tensor * lminf_rope::shift(ggml_context * ctx, ggml_tensor * cur, ggml_tensor * delta) const {
-    return apply(ctx, cur, delta, 1.0f/yarn_magnitude());
-}
-
-ggml_tensor * lminf_rope::apply(ggml_context * ctx, ggml_tensor * cur, ggml_tensor * pos, float attn_factor) const {
     if (state != ROTATED) {
         return cur;
     }
     if (norm_weight) {
         cur = ggml_div(ctx, cur, norm_weight);
     }
+    const float magnitude = 1.0f/yarn_magnitude();
     cur = mode & GGML_ROPE_TYPE_MROPE
-        ? ggml_rope_multi(ctx, cur, pos, factors, n_dims, const_cast<int *>(sections), mode, n_ctx_orig, freq_base, freq_scale,
-                ext_factor, attn_factor, beta_fast, beta_slow)
-        : ggml_rope_ext(ctx, cur, pos, factors, n_dims, mode, n_ctx_orig, freq_base, freq_scale,
-                ext_factor, attn_factor, beta_fast, beta_slow);
+        ? ggml_rope_multi(ctx, cur, delta, factors, n_dims, const_cast<int *>(sections), mode, n_ctx_orig, freq_base, freq_scale,
+                ext_factor, magnitude, beta_fast, beta_slow)
+        : ggml_rope_ext(ctx, cur, delta, factors, n_dims, mode, n_ctx_orig, freq_base, freq_scale,
+                ext_factor, magnitude, beta_fast, beta_slow);
 
     cur = ggml_rope_set_offset(cur, n_offs);
 

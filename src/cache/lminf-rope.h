@@ -1,9 +1,9 @@
-// Rotation of stored keys: takes RoPE off a key, puts it on again at another position, or shifts it.
+// Rotation of stored keys: takes a key to another position.
 //
 // The parameters are read from the RoPE node of the model's own graph, so that a key is re-placed with exactly what the
 // model rotated it with, for each layer (frequency base, scaling, factors, partial rotation, normal or NeoX order, sections of
 // M-RoPE, the rotary part of a latent key).
-// Called by lminf-kv-cache.cpp.
+// Called by lminf-layers.cpp, for stored keys, and by lminf-middle.cpp, for queries.
 
 #pragma once
 
@@ -27,11 +27,13 @@ struct lminf_rope {
     // The same of a query. What its heads are scaled with after RoPE does not matter to a rotation.
     static lminf_rope find_query(const ggml_tensor * q);
 
-    // Each returns F32 [n_embd_head, n_head_kv, n] from the same. PLAIN layers return cur.
-    // pos: I32 [n]; with M-RoPE I32 [4*n], as llama.cpp lays out the positions of text: three times [n], and zeros.
-    ggml_tensor * unrotate(ggml_context * ctx, ggml_tensor * cur, ggml_tensor * neg_pos) const; // neg_pos = -position
-    ggml_tensor * rotate  (ggml_context * ctx, ggml_tensor * cur, ggml_tensor * pos    ) const;
-    ggml_tensor * shift   (ggml_context * ctx, ggml_tensor * cur, ggml_tensor * delta  ) const;
+    // One that takes as much room in a graph as any: graphs are reserved before the model's first graph is seen.
+    static lminf_rope any(int64_t n_embd_head);
+
+    // F32 [n_embd_head, n_head_kv, n] from the same: what it would be if it stood delta positions further on. PLAIN layers return cur.
+    // What YaRN multiplies keys with stays on them.
+    // delta: I32 [n]; with M-RoPE I32 [4*n], as llama.cpp lays out the positions of text: three times [n], and zeros.
+    ggml_tensor * shift(ggml_context * ctx, ggml_tensor * cur, ggml_tensor * delta) const;
 
 private:
     int   n_dims      = 0;
@@ -42,7 +44,6 @@ private:
     float freq_base   = 0.0f;
     float freq_scale  = 1.0f;
     float ext_factor  = 0.0f;
-    float attn_factor = 1.0f;
     float beta_fast   = 0.0f;
     float beta_slow   = 0.0f;
 
@@ -53,6 +54,4 @@ private:
 
     // YaRN also scales what it rotates; ggml multiplies this into attn_factor
     float yarn_magnitude() const;
-
-    ggml_tensor * apply(ggml_context * ctx, ggml_tensor * cur, ggml_tensor * pos, float attn_factor) const;
 };

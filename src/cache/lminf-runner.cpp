@@ -5,7 +5,8 @@
 #include <stdexcept>
 #include <vector>
 
-lminf_runner::lminf_runner(const llama_context & lctx, size_t max_nodes) : max_nodes(max_nodes) {
+lminf_runner::lminf_runner(const llama_context & lctx, size_t max_nodes) :
+    max_nodes(max_nodes), metadata(ggml_tensor_overhead()*max_nodes + ggml_graph_overhead_custom(max_nodes, false)) {
     backend_cpu.reset(ggml_backend_init_by_type(GGML_BACKEND_DEVICE_TYPE_CPU, nullptr));
     if (!backend_cpu) {
         throw std::runtime_error("no CPU backend for the cache's own graphs");
@@ -33,22 +34,35 @@ lminf_runner::lminf_runner(const llama_context & lctx, size_t max_nodes) : max_n
     }
 }
 
-bool lminf_runner::run(uint64_t key, int n_threads,
-        const std::function<void(ggml_context *, ggml_cgraph *)> & build, const std::function<void()> & set_inputs) {
+void lminf_runner::build_graph(const build_fn & build) {
+    key_last = 0;
+
+    const ggml_init_params params = {
+        /*.mem_size   =*/ metadata.size(),
+        /*.mem_buffer =*/ metadata.data(),
+        /*.no_alloc   =*/ true,
+    };
+    ctx.reset(ggml_init(params));
+    gf = ggml_new_graph_custom(ctx.get(), max_nodes, false);
+
+    build(ctx.get(), gf);
+
+    ggml_backend_sched_reset(sched.get());
+}
+
+void lminf_runner::reserve(const build_fn & build) {
+    build_graph(build);
+    if (ggml_graph_n_nodes(gf) > 0 && !ggml_backend_sched_reserve(sched.get(), gf)) {
+        throw std::runtime_error("failed to allocate what placing sink tokens and a rebase need");
+    }
+}
+
+bool lminf_runner::run(uint64_t key, int n_threads, const build_fn & build, const std::function<void()> & set_inputs) {
     if (key == 0 || key != key_last) {
-        key_last = 0;
-
-        const ggml_init_params params = {
-            /*.mem_size   =*/ ggml_tensor_overhead()*max_nodes + ggml_graph_overhead_custom(max_nodes, false),
-            /*.mem_buffer =*/ nullptr,
-            /*.no_alloc   =*/ true,
-        };
-        ctx.reset(ggml_init(params));
-        gf = ggml_new_graph_custom(ctx.get(), max_nodes, false);
-
-        build(ctx.get(), gf);
-
-        ggml_backend_sched_reset(sched.get());
+        build_graph(build);
+        if (ggml_graph_n_nodes(gf) == 0) {
+            return true;
+        }
         if (!ggml_backend_sched_alloc_graph(sched.get(), gf)) {
             return false;
         }
@@ -60,5 +74,9 @@ bool lminf_runner::run(uint64_t key, int n_threads,
     }
     set_inputs();
 
-    return ggml_backend_sched_graph_compute(sched.get(), gf) == GGML_STATUS_SUCCESS;
+    if (ggml_backend_sched_graph_compute(sched.get(), gf) != GGML_STATUS_SUCCESS) {
+        key_last = 0;
+        return false;
+    }
+    return true;
 }

@@ -222,8 +222,8 @@ void lminf_recall::compute_merge(ggml_tensor * dst, int ith, int nth, void * dat
         }
         if (token.record >= 0) {
             auto * record = self.records[op.layer].data() + (token.record*n_head + head)*self.n_best;
-            for (size_t j = 0; j < n_found; ++j) {
-                record[j] = { token.begin + found[j].index, logits[j]/part.sum };
+            for (int64_t j = 0; j < self.n_best; ++j) {
+                record[j] = j < (int64_t) n_found ? lminf_recalled{ token.begin + found[j].index, logits[j]/part.sum } : lminf_recalled{ 0, 0.0f };
             }
         }
     }

@@ -34,9 +34,6 @@ void lminf_recall::begin(std::vector<lminf_recall_token> tokens, bool recalls, b
             recorded.push_back(token.seq);
         }
     }
-    for (auto & record : records) {
-        record.clear();
-    }
     for (size_t il = 0; il < records.size(); ++il) {
         records[il].resize(recorded.size()*n_heads[il]*n_best);
     }
@@ -44,10 +41,6 @@ void lminf_recall::begin(std::vector<lminf_recall_token> tokens, bool recalls, b
 
 void lminf_recall::set_cells(int64_t seq, std::vector<int64_t> keys) {
     cells[seq] = std::move(keys);
-}
-
-void lminf_recall::clear_records() {
-    recorded.clear();
 }
 
 //

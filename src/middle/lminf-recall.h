@@ -81,7 +81,6 @@ public:
 
     // what the last token of a sequence looked up in the last micro-batch that recalled: weights summed over layers and heads
     std::vector<lminf_recalled> record(int64_t seq) const;
-    void clear_records();
 
     double scan_seconds() const { return 1e-6*n_us_scan; }
 

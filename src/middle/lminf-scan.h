@@ -1,6 +1,6 @@
 // Products of many stored rows with a few queries: the inner loop of a scan over middle tokens.
 //
-// Called by lminf-recall.cpp. Compiled with the options of ggml's CPU backend, whose kernels it uses where it has none of its own.
+// Called by lminf-recall-attention.cpp and lminf-recall-scan.cpp. Compiled with the options of ggml's CPU backend, whose kernels it uses where it has none of its own.
 
 #pragma once
 
@@ -18,8 +18,6 @@ public:
 
     void clear() { n_queries = 0; }
     void add(const float * query);
-
-    int64_t size() const { return n_queries; }
 
     // dst[i*n_rows + r] = row r times query i0 + i, for i < n_i
     void multiply(const uint8_t * rows, size_t row_size, int64_t n_rows, int64_t i0, int64_t n_i, float * dst) const;

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cmath>
 #include <random>
+#include <stdexcept>
+#include <string>
 
 #if defined(__AVX512VPOPCNTDQ__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
 #define LMINF_HAS_VECTOR_COUNTS
@@ -13,6 +15,8 @@
 #endif
 
 static constexpr int64_t N_WORD = 64; // bits
+
+static constexpr int64_t N_BITS_MAX = 4096; // of a sketch
 
 static int count_bits(uint64_t x) {
 #if defined(__GNUC__)
@@ -37,11 +41,23 @@ int64_t lminf_sketcher::n_words(int64_t n_embd) {
     return res;
 }
 
+// 1 or -1 for each bit of a sketch, the same for all sketches ever: they are in files. Drawn once.
+static const std::vector<float> & random_flips() {
+    static const std::vector<float> flips = [] {
+        std::vector<float> res(N_BITS_MAX);
+        std::mt19937 random(1);
+        for (auto & flip : res) {
+            flip = (random() & 1) != 0 ? 1.0f : -1.0f;
+        }
+        return res;
+    }();
+    return flips;
+}
+
 lminf_sketcher::lminf_sketcher(int64_t n_embd) :
-    n_embd(n_embd), flips(n_words(n_embd)*N_WORD), rotated(flips.size()) {
-    std::mt19937 random(1); // the same for all sketches ever: they are in files
-    for (auto & flip : flips) {
-        flip = (random() & 1) != 0 ? 1.0f : -1.0f;
+    n_embd(n_embd), flips(random_flips().data()), rotated(n_words(n_embd)*N_WORD) {
+    if (rotated.size() > random_flips().size()) {
+        throw std::runtime_error("a key of " + std::to_string(n_embd) + " components is too long for a sketch");
     }
 }
 

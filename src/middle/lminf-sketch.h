@@ -58,8 +58,8 @@ public:
 private:
     const int64_t n_embd;
 
-    std::vector<float> flips; // 1 or -1, [bits]
-    std::vector<float> rotated;
+    const float * const flips; // 1 or -1, [bits]
+    std::vector<float>  rotated;
 
     void rotate(); // in place
     void write_signs(uint64_t * dst, int64_t stride) const;

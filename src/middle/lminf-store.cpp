@@ -211,7 +211,8 @@ lminf_store::lminf_store(
 
     map  = std::make_unique<mapping>(HEADER_SIZE + n_seqs*n_bytes_seq, path);
     data = map->addr + HEADER_SIZE;
-    n_reserved.resize(n_seqs);
+    n_reserved .resize(n_seqs);
+    means_found.resize(n_seqs);
 
     if (!is_file()) {
         return;
@@ -225,6 +226,9 @@ lminf_store::lminf_store(
         const auto header = make_header(id());
         if (memcmp(map->addr, header.data(), header.size()) != 0) {
             throw std::runtime_error(path + " is no store of middle tokens with these parameters; it was left as it is");
+        }
+        for (int64_t seq = 0; seq < n_seqs; ++seq) {
+            look_for_means(seq);
         }
     }
 }
@@ -250,15 +254,16 @@ std::vector<uint8_t> lminf_store::make_header(uint64_t id) const {
     return { bytes, bytes + res.size()*sizeof(res[0]) };
 }
 
-bool lminf_store::has_means(int64_t seq) const {
+void lminf_store::look_for_means(int64_t seq) {
     for (size_t il = 0; il < layers.size(); ++il) {
         for (int64_t ih = 0; ih < layers[il].n_head; ++ih) {
             if (n_words(il) == 0 || mean(seq, il, ih)[0] == 0.0f) {
-                return false;
+                means_found[seq] = false;
+                return;
             }
         }
     }
-    return true;
+    means_found[seq] = true;
 }
 
 uint64_t lminf_store::id() const {
@@ -305,6 +310,7 @@ void lminf_store::copy(int64_t seq_src, int64_t seq_dst, int64_t slot, int64_t n
     const ptrdiff_t distance = (seq_dst - seq_src)*(ptrdiff_t) n_bytes_seq;
 
     for_each_stretch(seq_src, slot, n, [&](uint8_t * bytes, size_t size) { memcpy(bytes + distance, bytes, size); });
+    look_for_means(seq_dst);
 }
 
 void lminf_store::reserve(int64_t seq, int64_t n) {
@@ -324,6 +330,7 @@ void lminf_store::reserve(int64_t seq, int64_t n) {
 
 void lminf_store::release(int64_t seq) {
     map->release(data + seq*n_bytes_seq, n_bytes_seq);
+    look_for_means(seq); // a file's stay
 }
 
 void lminf_store::sync() const {

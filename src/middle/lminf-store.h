@@ -4,7 +4,7 @@
 // given by sequence, layer, KV head and slot, so that the keys of a head lie one after the other for a scan, and so do their
 // sketches (lminf-sketch.h), if there are any. The mapping is
 // anonymous, or a file; either way memory is taken as rows are written. Which slots hold valid rows is not known here: that is
-// in the books (lminf_sequence). Called by lminf-kv-cache*.cpp and lminf-recall.cpp; knows nothing of llama.cpp.
+// in the books (lminf_sequence). Called by lminf-middle.cpp and lminf-recall*.cpp; knows nothing of llama.cpp.
 
 #pragma once
 
@@ -50,8 +50,11 @@ public:
     // With sketches: [0] is not 0 if there is a mean of all keys, which follows, [n_embd_k]. All 0 in the beginning.
     float * mean(int64_t seq, size_t layer, int64_t head) const { return (float *) (data + head_offset(seq, layer, head)); }
 
-    // Whether all heads have one. A sequence's mean stays once it is found.
-    bool has_means(int64_t seq) const;
+    // Whether all heads have one. A sequence's mean stays once it is found. Known without a look at the rows: found_means() says that
+    // they are there now, look_for_means() that rows were written by other means than an operation.
+    bool has_means     (int64_t seq) const { return means_found[seq]; }
+    void found_means   (int64_t seq)       { means_found[seq] = true; }
+    void look_for_means(int64_t seq);
 
     // word w of slot i is [w*n_slots + i]; its factor is [i]
     uint64_t * sketches(int64_t seq, size_t layer, int64_t head) const {
@@ -72,6 +75,8 @@ public:
     size_t token_size() const { return n_bytes_slot; } // bytes of one token, all layers and heads together
 
     bool is_file() const { return !path.empty(); }
+
+    const std::string & get_path() const { return path; }
 
     // of the file, drawn when it was made: tells it from another one of the same shape; 0 in memory
     uint64_t id() const;
@@ -133,7 +138,8 @@ private:
     std::unique_ptr<mapping> map;
     uint8_t *                data = nullptr; // of sequence 0
 
-    std::vector<int64_t> n_reserved; // [seq] slots that the disk has room for
+    std::vector<int64_t> n_reserved;  // [seq] slots that the disk has room for
+    std::vector<bool>    means_found; // [seq]
 
     static size_t align_words(size_t n) { return (n + sizeof(uint64_t) - 1)/sizeof(uint64_t)*sizeof(uint64_t); }
 

@@ -29,6 +29,11 @@ int64_t lminf_policy::sink_pos(int64_t j, int64_t shift) const {
     return kept_order ? j + shift : std::max(j, shift);
 }
 
+int64_t lminf_policy::sinks_far(int64_t p) const {
+    const int64_t shift = alibi ? 0 : sink_shift(p);
+    return kept_order ? (shift > 0 ? n_sink : 0) : std::min(n_sink, shift);
+}
+
 int64_t lminf_policy::distance(int64_t p, int64_t j) const {
     if (alibi) {
         return std::min(p - j, n_clamp);
@@ -38,10 +43,6 @@ int64_t lminf_policy::distance(int64_t p, int64_t j) const {
 
 int64_t lminf_policy::near_begin(int64_t p) const {
     return std::max(window_begin(p), p - n_near + 1);
-}
-
-bool lminf_policy::retrievable(int64_t p, int64_t j) const {
-    return j >= middle_begin(p) && j < near_begin(p);
 }
 
 int64_t lminf_policy::middle_begin(int64_t p) const {
@@ -56,12 +57,17 @@ bool lminf_policy::can_cut_middle(int64_t n_keep, int64_t n_lost) const {
     return n_middle == 0 || n_keep <= n_sink || n_lost <= middle_begin(n_keep);
 }
 
+int64_t lminf_policy::block_clamped() const {
+    return (n_clamp + 1) / n_block;
+}
+
+bool lminf_policy::has_own_home() const {
+    return n_sink > block_clamped()*n_block;
+}
+
 int64_t lminf_policy::n_copies() const {
-    if (alibi) {
-        return 1;
-    }
-    // the blocks that n_ubatch consecutive positions can touch, and the home
-    return (n_ubatch + n_block - 2) / n_block + 1 + 1;
+    // the blocks that n_ubatch consecutive positions can touch
+    return needs_copies() ? (n_ubatch + n_block - 2) / n_block + 1 + (has_own_home() ? 1 : 0) : 1;
 }
 
 int64_t lminf_policy::n_sink_cells() const {
@@ -90,11 +96,29 @@ int64_t lminf_policy::ring_end() const {
 }
 
 int64_t lminf_policy::copy(int64_t p) const {
-    return alibi || sink_shift(p) == 0 ? 0 : 1 + block(p) % (n_copies() - 1);
+    if (!needs_copies() || sink_shift(p) == 0) {
+        return 0;
+    }
+    const int64_t turn = block(p) - block_clamped();
+    return has_own_home() ? 1 + turn % (n_copies() - 1) : (1 + turn) % n_copies();
 }
 
 int64_t lminf_policy::sink_cell(int64_t copy, int64_t j) const {
     return copy * n_sink + j;
+}
+
+std::vector<lminf_placement> lminf_policy::plan_placements(int64_t p0, int64_t p1) const {
+    std::vector<lminf_placement> res;
+    for (int64_t p = p0; n_sink > 0 && p <= p1; p = block_end(p) + 1) {
+        if (rotates_queries && sinks_far(p) == n_sink) {
+            continue; // the query is moved, wherever the keys stand
+        }
+        const lminf_placement placement = { copy(p), needs_copies() ? sink_shift(p) : 0 };
+        if (res.empty() || res.back().copy != placement.copy) {
+            res.push_back(placement);
+        }
+    }
+    return res;
 }
 
 int64_t lminf_policy::evict_before(int64_t p0) const {

@@ -1,7 +1,7 @@
 // LM-Infinite as pure functions: which keys a query sees, at which RoPE position, and which cells hold them.
 //
-// Called by lminf-sequence.cpp and lminf-kv-cache*.cpp, which decide nothing by themselves, and tested without a model in
-// tests/cpp/test_policy.cpp. Layers with a sliding window of the model's own have a policy too: n_sink = 0, n_window = theirs.
+// Called by lminf-sequence.cpp and everything in cache/ and middle/, which decide nothing by themselves, and tested without a model
+// in tests/cpp/test_policy.cpp. Layers with a sliding window of the model's own have a policy too: n_sink = 0, n_window = theirs.
 // Knows nothing of llama.cpp. Positions are logical: 64-bit, counted per sequence from 0.
 // Source: Han et al., "LM-Infinite", arXiv 2308.16137, section 4 (sink tokens, local window, distance limit);
 // blocks, cells, rollback and rebase are ours (docs/semantics.md).
@@ -9,6 +9,13 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
+
+// sink tokens as the queries of a block see them: in this copy, moved by this shift
+struct lminf_placement {
+    int64_t copy;
+    int64_t shift;
+};
 
 struct lminf_policy {
     int64_t n_sink     = 4;    // S
@@ -25,6 +32,7 @@ struct lminf_policy {
     bool    kept_order = false;
     bool    chunked    = false; // a query sees its own chunk of n_window tokens only (Llama 4), instead of a sliding window
     bool    alibi      = false; // no RoPE: the bias is computed for each query, so sink tokens need no copies
+    bool    rotates_queries = false; // attention of our own rotates queries to far sink tokens, which need no copies either
 
     //
     // visibility (section 4, "lambda-shaped mask")
@@ -49,6 +57,9 @@ struct lminf_policy {
     // effective position of sink token j for a query whose block has this shift
     int64_t sink_pos(int64_t j, int64_t shift) const;
 
+    // sink tokens [0, sinks_far) do not stand at their true positions for query p
+    int64_t sinks_far(int64_t p) const;
+
     // distance at which query p sees key j: at most L for sink tokens, with ALiBi for every key
     int64_t distance(int64_t p, int64_t j) const;
 
@@ -59,11 +70,9 @@ struct lminf_policy {
     // A query that recalls sees its window from here on. Recalled keys all stand at distance D, behind what it sees.
     int64_t near_begin(int64_t p) const;
 
-    // Query p can recall key j: it is no sink token, none that it sees then, and one of the newest n_middle tokens. So of these
-    // every token is either visible or can be recalled.
-    bool retrievable(int64_t p, int64_t j) const;
-
-    int64_t middle_begin(int64_t p) const; // the oldest one that query p can recall: these are [middle_begin, near_begin)
+    // The oldest key that query p can recall: no sink token, and one of the newest n_middle tokens. It can recall [middle_begin,
+    // near_begin), so that of these tokens every one is either visible or can be recalled.
+    int64_t middle_begin(int64_t p) const;
 
     // The store has a slot for each of them, and for those that a rollback or an aborted micro-batch could bring back.
     int64_t n_slots() const;
@@ -76,9 +85,9 @@ struct lminf_policy {
     // cells of one sequence: [sink copies | window ring]
     //
 
-    // A copy holds the S sink tokens placed for one block. Copy 0 is the home of the sink tokens, at their true positions;
-    // the others take turns, so that all blocks that one micro-batch touches have a copy of their own.
-    int64_t n_copies    () const;
+    // A copy holds the S sink tokens placed for one block; the copies take turns, so that all blocks that one micro-batch touches
+    // have one of their own. The turn of copy 0, the home, comes first: there sink tokens are written, at their true positions.
+    int64_t n_copies() const;
     int64_t n_sink_cells() const;
     int64_t n_cells     () const; // in all, padded as llama.cpp pads a context
     int64_t n_ring      () const; // W + rollback + micro-batch, and the padding
@@ -90,6 +99,9 @@ struct lminf_policy {
 
     int64_t copy     (int64_t p) const; // the copy that query p sees
     int64_t sink_cell(int64_t copy, int64_t j) const;
+
+    // What the queries [p0, p1], at most n_ubatch of them, need the sink tokens to be placed as.
+    std::vector<lminf_placement> plan_placements(int64_t p0, int64_t p1) const;
 
     //
     // eviction: which cell of the ring a new key may take
@@ -112,4 +124,9 @@ struct lminf_policy {
 
     // the base to use for a micro-batch of positions [p0, p1], given the present one; a multiple of B
     int64_t base(int64_t p0, int64_t p1, int64_t base) const;
+
+private:
+    bool    needs_copies () const { return !alibi && !rotates_queries; }
+    bool    has_own_home () const; // the clamp begins before all sink tokens are there: the home takes no turns
+    int64_t block_clamped() const; // the first block whose queries see a sink token elsewhere than at its true position
 };

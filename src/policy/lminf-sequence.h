@@ -1,17 +1,23 @@
-// Bookkeeping of one sequence in one cache: its length, which cell holds which key, what each copy of the sink tokens holds.
+// Bookkeeping of one sequence in one cache: its length, which cells hold which keys, what each copy of the sink tokens holds.
 //
-// Carries out lminf_policy's decisions and knows nothing of tensors or llama.cpp; lminf-kv-cache.cpp moves the data.
-// tests/cpp/test_sequence.cpp drives it through 200 million tokens.
+// Carries out lminf_policy's decisions and knows nothing of tensors or llama.cpp; lminf-kv-cache.cpp moves the data. Keys are kept as
+// runs, a handful of them whatever the window: what follows from them (masks, copies to try a batch on, saved books) does not grow
+// with the window. tests/cpp/test_sequence.cpp drives it through 200 million tokens.
 
 #pragma once
 
 #include "lminf-policy.h"
 
-#include <algorithm>
-#include <cstddef>
 #include <cstdint>
 #include <utility>
 #include <vector>
+
+// keys [pos, pos + n) lie in cells [cell, cell + n)
+struct lminf_run {
+    int64_t pos;
+    int64_t cell;
+    int64_t n;
+};
 
 class lminf_sequence {
 public:
@@ -38,8 +44,8 @@ public:
     std::vector<uint32_t> append(int64_t n);
 
     // Keys that micro-batches left in cells which single tokens do not need move to lower ones, so that attention has fewer
-    // cells to look at. Returns (from, to).
-    struct move { int64_t from; int64_t to; };
+    // cells to look at. Returns what moves.
+    struct move { int64_t from; int64_t to; int64_t n; };
     std::vector<move> compact();
 
     // The removals that are exact: the tail, as far back as everything that the next queries see is still stored (or was
@@ -51,30 +57,19 @@ public:
     // goes on at this position with the pinned tokens alone (test hook)
     void set_position(int64_t pos);
 
-    // key j was not forgotten on purpose; visible() says whether query p sees it
-    bool is_kept(int64_t j) const { return j >= oldest || j < policy->n_pinned; }
-    bool visible(int64_t p, int64_t j) const { return policy->visible(p, j) && is_kept(j); }
+    // The keys of the window that the next query, or one after a rollback, may see, in order of their positions: all that are stored
+    // but what was forgotten on purpose. visible() of the policy says which of them a query sees.
+    std::vector<lminf_run> kept() const;
 
     // The keys that query p can recall, [first, second): they are stored, and it does not see them. None as long as its window
     // holds all. gated: it sees all of its window.
     std::pair<int64_t, int64_t> middle(int64_t p, bool gated = false) const;
 
     // keys whose rows are in the store of middle tokens, [first, second), though no query may want some of them any more
-    std::pair<int64_t, int64_t> stored() const { return { std::max(n_lost, n_skipped), n_past }; }
+    std::pair<int64_t, int64_t> stored() const;
 
-    int64_t key_at  (int64_t cell) const; // position of the key that a cell of the ring holds, -1 for none
-    int64_t cell_of (int64_t j)    const; // -1 if key j is not stored
-    int64_t n_used  ()             const; // cells up to the last one that holds a key
-
-    // keys in the ring that the next query, or one after a rollback, may see
-    template <typename F>
-    void for_each_key(F && f) const { // f(position, cell)
-        for (size_t i = 0; i < ring.size(); ++i) {
-            if (ring[i] >= n_evicted && is_kept(ring[i])) {
-                f(ring[i], policy->n_sink_cells() + (int64_t) i);
-            }
-        }
-    }
+    int64_t cell_of(int64_t j) const; // -1 if key j is not stored
+    int64_t n_used () const;          // cells up to the last one that holds a key
 
     // tokens that the next query sees at most: sink tokens, window keys
     int64_t n_sinks () const;
@@ -93,5 +88,14 @@ private:
     int64_t n_lost    = 0; // keys below this were overwritten in the store of middle tokens
     int64_t n_skipped = 0; // keys below this were never in it
 
-    std::vector<int64_t> ring; // [n_ring] position of the key in each cell, -1 for none
+    std::vector<lminf_run> runs; // by position
+
+    void evict(int64_t before);
+    void cut  (int64_t n_keep); // keys from here on are gone
+
+    bool is_valid() const;
+
+    // The stretches of [begin, end) that hold no key.
+    struct stretch { int64_t begin; int64_t end; };
+    std::vector<stretch> free_cells(int64_t begin, int64_t end) const;
 };

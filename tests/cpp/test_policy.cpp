@@ -88,7 +88,8 @@ static void test_distances(const lminf_policy & policy) {
     }
 }
 
-// blocks of one micro-batch that need different copies have different copies
+// blocks of one micro-batch that need different copies have different copies, and its plan names each of them once; sink tokens are
+// written at home while no other placement is needed there
 static void test_copies(const lminf_policy & policy) {
     for (int64_t p0 = 0; p0 < 300; ++p0) {
         std::map<int64_t, int64_t> shift_of;
@@ -96,8 +97,32 @@ static void test_copies(const lminf_policy & policy) {
             const int64_t copy = policy.copy(p);
             CHECK(copy >= 0 && copy < policy.n_copies());
             CHECK(shift_of.emplace(copy, policy.sink_shift(p)).first->second == policy.sink_shift(p));
+            CHECK(p0 >= policy.n_sink || copy != 0 || policy.sink_shift(p) == 0);
+        }
+        const auto plan = policy.plan_placements(p0, p0 + policy.n_ubatch - 1);
+        CHECK(plan.size() == (policy.n_sink > 0 ? shift_of.size() : 0));
+        for (const auto & placement : plan) {
+            CHECK(shift_of.at(placement.copy) == placement.shift);
         }
     }
+}
+
+// pinned prompts of any length: their cells and one spare copy, if blocks are as long as micro-batches
+static void test_many_sink_tokens() {
+    CHECK(make(2000, 2048, 2048, 256, 256).n_sink_cells() == 2*2000);
+    CHECK(make(2000, 2048, 2048, 512, 512).n_sink_cells() == 2*2000);
+    CHECK(make(4, 2048, 2048, 64, 256).n_copies() == 5);
+
+    lminf_policy rotated = make(2000, 2048, 2048, 64, 512);
+    rotated.rotates_queries = true;
+    CHECK(rotated.n_sink_cells() == 2000);
+    // near sink tokens stand at home, and once all of them are far nothing has to be placed
+    CHECK(rotated.plan_placements(3000, 3600).size() == 1 && rotated.plan_placements(3000, 3600)[0].shift == 0);
+    CHECK(rotated.plan_placements(2048 + 2000, 5000).empty());
+    CHECK(rotated.sinks_far(2047) == 0 && rotated.sinks_far(2048) == 63 && rotated.sinks_far(5000) == 2000);
+
+    rotated.kept_order = true; // they move all together
+    CHECK(rotated.sinks_far(2047) == 0 && rotated.sinks_far(2048) == 2000 && rotated.plan_placements(2048, 3000).empty());
 }
 
 static void test_chunks() {
@@ -168,7 +193,7 @@ static void test_middle(lminf_policy policy) {
             for (int64_t j = -2; j < p + 3; ++j) {
                 const bool is_new = j >= policy.n_sink && j <= p && p - j < n_middle;
                 const bool is_seen = policy.visible(p, j) && (j < policy.n_sink || p - j < policy.n_near);
-                CHECK(policy.retrievable(p, j) == (is_new && !is_seen));
+                CHECK((j >= policy.middle_begin(p) && j < policy.near_begin(p)) == (is_new && !is_seen));
             }
         }
         // rows that a query wants have slots of their own, also when its micro-batch is aborted or tokens are removed
@@ -189,6 +214,7 @@ int main() {
     test_evict_and_cut();
     test_chunks();
     test_alibi();
+    test_many_sink_tokens();
 
     srand(1);
     for (const int64_t S : { 0, 1, 4, 16 }) {

@@ -2,11 +2,11 @@
 
 How long a token takes to look through a store depends on how many keys are in it, not on what they are. So a sequence
 goes on shortly before its depth and reads a window there, and the rows that the store then has are repeated in its
-saved state (`lminf_kv_cache::state_write()` in `src/cache/lminf-kv-cache-state.cpp`, `write_middle()` in
-`src/cache/lminf-kv-cache-middle.cpp`):
+saved state (`lminf_memory::state_write()` in `src/cache/lminf-memory.cpp`, `lminf_kv_cache::state_write()` in
+`src/cache/lminf-kv-cache-state.cpp`, `lminf_middle::write()` in `src/middle/lminf-middle.cpp`):
 
     magic number, sequence
-    magic number, version, 15 parameters, number of sequences (1)
+    magic number, version, number of sequences (1), number of parameters, and these
     how many numbers the books have (`lminf_sequence::save()`), and these: the first is the position of the next token,
         the eighth the first position whose row was not overwritten, the ninth the first one that has a row at all
     cells of the window
@@ -23,12 +23,13 @@ from dataclasses import dataclass
 
 from lminf_edge.errors import UnsupportedModelError
 
-_HEADER = struct.Struct("<8xII15qIQ")
+_HEADER = struct.Struct("<8xIIII")
+_N_BOOKS = struct.Struct("<Q")
 _BOOKS = struct.Struct("<9q")
 _ROWS = struct.Struct("<QQ")
 
 _MAGIC = 0x464E494C
-_VERSION = 2
+_VERSION = 3
 
 _I_SKIPPED = 8
 """Place in the books of the first position that has a row."""
@@ -65,17 +66,18 @@ def with_repeated_rows(state: bytes, sections: Sequence[Section]) -> bytes:
         UnsupportedModelError: The state is of another version, or has something else behind the rows, as that of a
             model with sliding or recurrent layers.
     """
-    if len(state) < _HEADER.size + _BOOKS.size:
+    if len(state) < _HEADER.size:
         raise _unknown_format()
-    magic, version, *_, n_sequences, n_books = _HEADER.unpack_from(state)
-    if (magic, version, n_sequences) != (_MAGIC, _VERSION, 1) or n_books < 9:
+    magic, version, n_sequences, n_parameters = _HEADER.unpack_from(state)
+    i_books = _HEADER.size + 8 * n_parameters + _N_BOOKS.size
+    if (magic, version, n_sequences) != (_MAGIC, _VERSION, 1) or len(state) < i_books + _BOOKS.size:
         raise _unknown_format()
-    n_past, *_, n_lost, n_skipped = _BOOKS.unpack_from(state, _HEADER.size)
+    n_past, *_, n_lost, n_skipped = _BOOKS.unpack_from(state, i_books)
     n_rows, n_wanted = n_past - max(n_lost, n_skipped), n_past - n_lost
     begin = len(state) - sum(section.n_bytes(n_rows) for section in sections)
     if n_rows < 1 or begin < _ROWS.size or _ROWS.unpack_from(state, begin - _ROWS.size) != (n_rows, 0):
         raise _unknown_format()
-    at = _HEADER.size + 8 * _I_SKIPPED
+    at = i_books + 8 * _I_SKIPPED
     parts = [state[:at], bytes(8), state[at + 8 : begin - _ROWS.size], _ROWS.pack(n_wanted, 0)]
     n_times, n_more = divmod(n_wanted, n_rows)
     for section in sections:
