@@ -62,3 +62,12 @@ std::optional<lminf_params> lminf_params_from_env() {
 
     return any ? std::optional(params) : std::nullopt;
 }
+
+bool lminf_stock_attention_from_env() {
+    const char * name  = "LMINF_ATTENTION";
+    const auto   value = get_env(name);
+    if (!value.empty() && value != "lminf" && value != "stock") {
+        refuse(name, value, "must be 'lminf' or 'stock'");
+    }
+    return value == "stock";
+}

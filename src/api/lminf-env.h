@@ -10,3 +10,6 @@
 // mean in lminf_params; LMINF_SINK_ORDER: "clamped" or "kept". A variable that is empty counts as not set, and one that is not set
 // leaves the default. Nothing if none is set. Throws, and says what it is, if a value cannot be read.
 std::optional<lminf_params> lminf_params_from_env();
+
+// LMINF_ATTENTION: "stock" turns attention of our own off, "lminf" or nothing leaves it on. Throws for anything else.
+bool lminf_stock_attention_from_env();

@@ -26,6 +26,7 @@ std::unique_ptr<llama_kv_cache> lminf_make_kv_cache(
                 n_swa, swa_type, mem_other, std::forward<Rest>(rest)...);
     }
     const lminf_policy policy = lminf_kv_cache::make_policy(*group, hparams, n_swa, swa_type);
+    v_trans = v_trans && !group->has_own_attention(); // ours takes values as they come, flash attention or not
     return std::make_unique<lminf_kv_cache>(group, policy, model, hparams, type_k, type_v, v_trans, offload, unified,
             (uint32_t) policy.n_cells(), n_seq_max, /* n_pad */ 1u, n_swa, swa_type, mem_other, std::forward<Rest>(rest)...);
 }

@@ -1,5 +1,6 @@
 #include "lminf.h"
 
+#include "lminf-attention-op.h"
 #include "lminf-env.h"
 #include "lminf-hooks.h"
 #include "lminf-memory.h"
@@ -96,6 +97,8 @@ llama_memory_i * lminf_create_memory(
     }
 
     const auto group = std::make_shared<lminf_cache_group>(p, cparams.n_ubatch, cparams.n_seq_max, lctx);
+    group->why_stock = lminf_stock_attention_from_env() ? "LMINF_ATTENTION=stock" : lminf_attention_op::why_not(model, params.type_k, params.type_v);
+    LLAMA_LOG_INFO("%s: attention: %s\n", __func__, group->has_own_attention() ? "lminf" : ("llama.cpp's (" + group->why_stock + ")").c_str());
 
     std::unique_ptr<llama_memory_i> memory;
     {

@@ -137,6 +137,7 @@ void lminf_attention_op::set_inputs(const std::vector<int64_t> & near) const {
     }
 
     prepare(*all, {});
+    this->near->queries.clear();
     if (!near.empty()) {
         prepare(*this->near, near);
     }

@@ -2,6 +2,7 @@
 
 #include "lminf-kv-cache.h"
 
+#include "lminf-attention-op.h"
 #include "lminf-middle.h"
 #include "lminf-sinks.h"
 
@@ -11,8 +12,12 @@
 
 #include <algorithm>
 #include <cmath>
+#include <stdexcept>
 
 ggml_tensor * lminf_kv_cache::build_input_k_idxs(ggml_context * ctx, const llama_ubatch & ubatch) const {
+    if (attention) {
+        attention->build_inputs(ctx, ubatch.n_tokens);
+    }
     if (middle) {
         middle->build_inputs(ctx, ubatch.n_tokens);
     }
@@ -58,16 +63,26 @@ ggml_tensor * lminf_kv_cache::cpy_v(
 ggml_tensor * lminf_kv_cache::build_attn(
         ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * kq_b, ggml_tensor * kq_mask,
         ggml_tensor * sinks, float kq_scale, int32_t il) const {
-    if (!middle) {
+    GGML_UNUSED(kq_mask);
+    if (!attention) {
         return nullptr;
     }
-    const auto n_threads = (int32_t) std::max(group->lctx.n_threads(), group->lctx.n_threads_batch());
-    return middle->build_attn(ctx, map_layer_ids.at(il), { q, k, v, kq_b, kq_mask, sinks, kq_scale, n_threads });
+    const int32_t ikv = map_layer_ids.at(il);
+    if (kq_b || k->view_src != layers[ikv].k) { // sink tokens have no copies that llama.cpp's own attention could look at
+        throw std::runtime_error("this model's attention is of a kind of its own: set LMINF_ATTENTION=stock");
+    }
+    const lminf_attention_op::inputs in = { q, k, v, sinks, kq_scale };
+
+    ggml_tensor * recalling = middle ? middle->build_attn(ctx, ikv, in, n_threads()) : nullptr;
+    return recalling ? recalling : attention->build(ctx, ikv, in, false);
 }
 
 void lminf_kv_cache::set_input_k_idxs(ggml_tensor * dst, const llama_ubatch * ubatch, const slot_info & sinfo) const {
     llama_kv_cache::set_input_k_idxs(dst, ubatch, sinfo);
 
+    if (attention) {
+        attention->set_inputs(middle ? middle->near() : std::vector<int64_t>());
+    }
     if (middle) {
         middle->set_inputs({ ubatch->get_pos_rope(), ubatch->get_pos_rope() + ubatch->n_tokens });
     }

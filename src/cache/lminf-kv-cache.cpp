@@ -1,5 +1,6 @@
 #include "lminf-kv-cache.h"
 
+#include "lminf-attention-op.h"
 #include "lminf-middle.h"
 #include "lminf-mover.h"
 #include "lminf-sinks.h"
@@ -51,6 +52,7 @@ lminf_policy lminf_kv_cache::make_policy(
     res.kept_order = params.sink_order == LMINF_SINK_ORDER_KEPT;
     res.chunked    = swa_type == LLAMA_SWA_TYPE_CHUNKED;
     res.alibi      = hparams.use_alibi;
+    res.rotates_queries = group.has_own_attention() && !res.alibi;
     return res;
 }
 
@@ -58,8 +60,11 @@ void lminf_kv_cache::init() {
     seqs.assign(n_seq_max, lminf_sequence(policy));
 
     init_layers();
-    sinks  = std::make_unique<lminf_sinks>(policy, kv, hparams.no_alloc);
-    middle = lminf_middle::make(model, policy, kv, *group);
+    sinks = std::make_shared<lminf_sinks>(policy, kv, hparams.no_alloc);
+    if (group->has_own_attention()) {
+        attention = std::make_shared<lminf_attention_op>(model, policy, kv, sinks->originals());
+    }
+    middle = lminf_middle::make(model, policy, kv, *group, attention.get());
 
     group->caches.push_back(this);
 }
@@ -116,6 +121,9 @@ llama_memory_context_ptr lminf_kv_cache::init_full() {
         mover = std::make_unique<lminf_mover>(group->lctx, kv, sinks->originals());
     }
     sinks->capture_most();
+    if (attention) {
+        attention->begin_any();
+    }
     if (middle) {
         middle->set_recalls(false);
     }
@@ -316,11 +324,14 @@ bool lminf_kv_cache::make_ready(const llama_ubatch & ubatch) {
             ubatch.data->pos_rope.push_back((llama_pos) (seq.n_past + i - seq.base));
         }
     }
+    std::vector<lminf_attention_op::part> tokens;
+    for (const auto & part : parts(ubatch)) {
+        tokens.push_back({ part.seq_id, &seqs[part.seq_id], seqs[part.seq_id].n_past, part.n });
+    }
+    if (attention) {
+        attention->begin(tokens, n_threads());
+    }
     if (middle) {
-        std::vector<lminf_middle::part> tokens;
-        for (const auto & part : parts(ubatch)) {
-            tokens.push_back({ part.seq_id, &seqs[part.seq_id], part.n });
-        }
         middle->begin(tokens, group->recall);
     }
     // no query sees a distance above L, so none needs another temperature than that of position L
@@ -346,6 +357,10 @@ uint32_t lminf_kv_cache::get_n_kv(const slot_info & sinfo) const {
     return (uint32_t) std::min(policy.n_cells(), GGML_PAD(res, 256));
 }
 
+int32_t lminf_kv_cache::n_threads() const {
+    return (int32_t) std::max(group->lctx.n_threads(), group->lctx.n_threads_batch());
+}
+
 bool lminf_kv_cache::can_reuse_graph() const {
-    return !sinks->is_capturing() && (!middle || middle->can_reuse_graph());
+    return !sinks->is_capturing() && (!attention || attention->can_reuse_graph()) && (!middle || middle->can_reuse_graph());
 }

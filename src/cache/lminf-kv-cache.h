@@ -20,6 +20,7 @@
 #include <utility>
 #include <vector>
 
+class lminf_attention_op;
 class lminf_kv_cache;
 class lminf_middle;
 class lminf_mover;
@@ -34,6 +35,10 @@ struct lminf_cache_group {
     const std::string  store_path;
     const uint32_t     n_ubatch;
     llama_context &    lctx;
+
+    // Attention of our own takes the place of llama.cpp's in all layers, or, for this reason, in none.
+    std::string why_stock;
+    bool has_own_attention() const { return why_stock.empty(); }
 
     lminf_recall_mode recall = LMINF_RECALL_OFF; // of the tokens that are decoded from now on
 
@@ -118,7 +123,7 @@ public:
 
     uint32_t get_n_kv(const slot_info & sinfo) const override;
 
-    // not while sink tokens are captured, or when recall begins or ends
+    // not while sink tokens are captured, or when recall, or the clamp, begins or ends
     bool can_reuse_graph() const override;
 
     //
@@ -128,7 +133,7 @@ public:
     ggml_tensor * cpy_k(ggml_context * ctx, ggml_tensor * k_cur, ggml_tensor * k_idxs, int32_t il, const slot_info & sinfo) const override;
     ggml_tensor * cpy_v(ggml_context * ctx, ggml_tensor * v_cur, ggml_tensor * v_idxs, int32_t il, const slot_info & sinfo) const override;
 
-    // the attention of a layer that recalls middle tokens in this micro-batch, else NULL
+    // attention of our own, with middle tokens where a layer recalls, or NULL for llama.cpp's
     ggml_tensor * build_attn(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * kq_b,
             ggml_tensor * kq_mask, ggml_tensor * sinks, float kq_scale, int32_t il) const override;
 
@@ -185,9 +190,10 @@ private:
     std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> k_rot_bufs;
 
     // owned; as shared pointers, which need not know the types to delete them, since llama.cpp's files see this class
-    std::shared_ptr<lminf_sinks>  sinks;
-    std::shared_ptr<lminf_middle> middle;
-    std::shared_ptr<lminf_mover>  mover;
+    std::shared_ptr<lminf_sinks>        sinks;
+    std::shared_ptr<lminf_attention_op> attention; // NULL: llama.cpp's
+    std::shared_ptr<lminf_middle>       middle;    // NULL: nothing is stored
+    std::shared_ptr<lminf_mover>        mover;
 
     void init();
     void init_layers();
@@ -196,6 +202,8 @@ private:
 
     // the first cache of the group decides when to rebase, since a model has one position input
     int64_t next_base(llama_seq_id seq_id, int64_t p0, int64_t p1) const;
+
+    int32_t n_threads() const; // the most that compute a graph
 
     // the sequence is empty from now on
     void reset_sequence(llama_seq_id seq_id);

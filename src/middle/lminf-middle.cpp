@@ -39,13 +39,17 @@ static void check_devices(const llama_model & model, const lminf_layers & layers
 }
 
 std::unique_ptr<lminf_middle> lminf_middle::make(
-        const llama_model & model, const lminf_policy & policy, lminf_layers & layers, const lminf_cache_group & group) {
+        const llama_model & model, const lminf_policy & policy, lminf_layers & layers, const lminf_cache_group & group,
+        const lminf_attention_op * attention) {
     const auto & hparams = model.hparams;
     const auto & params  = group.params.middle;
     if (policy.n_middle == 0) {
         return nullptr;
     }
     check_devices(model, layers, group.lctx);
+    if (!attention) {
+        lminf_refuse_middle(model, "they are looked up by attention of our own, which this context has not: " + group.why_stock);
+    }
     if (hparams.no_alloc) {
         return nullptr;
     }
@@ -67,13 +71,13 @@ std::unique_ptr<lminf_middle> lminf_middle::make(
         lminf_refuse_middle(model, "none of the layers that are to recall has full attention");
     }
     return std::unique_ptr<lminf_middle>(
-            new lminf_middle(model, policy, layers, group, std::move(store_layers), std::move(shapes), std::move(n_heads)));
+            new lminf_middle(model, policy, layers, group, *attention, std::move(store_layers), std::move(shapes), std::move(n_heads)));
 }
 
 lminf_middle::lminf_middle(
         const llama_model & model, const lminf_policy & policy, lminf_layers & layers, const lminf_cache_group & group,
-        std::vector<int32_t> store_layers, std::vector<lminf_store::layer_shape> shapes, std::vector<int64_t> n_heads) :
-    model(model), policy(policy), layers(layers), store_layers(std::move(store_layers)),
+        const lminf_attention_op & attention, std::vector<int32_t> store_layers, std::vector<lminf_store::layer_shape> shapes, std::vector<int64_t> n_heads) :
+    model(model), policy(policy), layers(layers), attention(attention), store_layers(std::move(store_layers)),
     distance((int32_t) group.params.middle.distance), has_candidates(group.params.middle.n_candidates > 0),
     store(std::move(shapes), (ggml_type) group.params.middle.cache_type, policy.n_slots(), layers.n_stream, group.store_path),
     recall(store, std::move(n_heads), group.params.middle.k, group.params.middle.per_head, group.params.middle.n_candidates),
@@ -111,20 +115,16 @@ void lminf_middle::find_means(int64_t seq_id, const lminf_sequence & seq, llama_
     }
 }
 
-void lminf_middle::begin(const std::vector<part> & parts, lminf_recall_mode mode) {
+void lminf_middle::begin(const std::vector<lminf_attention_op::part> & parts, lminf_recall_mode mode) {
     std::vector<lminf_recall_token> tokens;
 
     bool any = false;
-    seq_ids.clear();
-    books.clear();
+    near_begin.clear();
     for (const auto & part : parts) {
-        seq_ids.push_back(part.seq_id);
-        books.push_back(part.seq);
-        for (int64_t i = 0; i < part.n; ++i) {
-            const int64_t p = part.seq->n_past + i;
-
+        for (int64_t p = part.p0; p < part.p0 + part.n; ++p) {
             const auto [begin, end] = part.seq->middle(p, mode == LMINF_RECALL_GATED);
             tokens.push_back({ part.seq_id, p, begin, end, -1 });
+            near_begin.push_back(begin < end ? end : 0);
             any = any || begin < end;
         }
     }
@@ -146,16 +146,6 @@ void lminf_middle::build_inputs(ggml_context * ctx, int64_t n_tokens) const {
 }
 
 void lminf_middle::set_inputs(const std::vector<int32_t> & pos_rope) const {
-    for (size_t s = 0; recalls && s < books.size(); ++s) {
-        std::vector<int64_t> keys(policy.n_cells(), INT64_MAX); // of sink tokens
-        std::fill(keys.begin() + policy.n_sink_cells(), keys.end(), -1);
-        for (const auto & run : books[s]->kept()) {
-            for (int64_t i = 0; i < run.n; ++i) {
-                keys[run.cell + i] = run.pos + i;
-            }
-        }
-        recall.set_cells(seq_ids[s], std::move(keys));
-    }
     std::vector<int32_t> back;
     std::vector<int32_t> far;
     for (const int32_t pos : pos_rope) {
@@ -186,13 +176,17 @@ ggml_tensor * lminf_middle::store_v(ggml_context * ctx, ggml_tensor * v_cur, siz
     return stored_v[layer] = recall.store_values(ctx, layer, v_cur);
 }
 
-ggml_tensor * lminf_middle::build_attn(ggml_context * ctx, size_t ikv, const attention & in) const {
+std::vector<int64_t> lminf_middle::near() const {
+    return recalls ? near_begin : std::vector<int64_t>();
+}
+
+ggml_tensor * lminf_middle::build_attn(ggml_context * ctx, size_t ikv, const lminf_attention_op::inputs & in, int32_t n_threads) const {
     const int32_t layer = store_layers[ikv];
     if (layer < 0) {
         return nullptr;
     }
-    if (in.bias || in.sink_logits) {
-        lminf_refuse_middle(model, in.bias ? "its attention has a bias" : "its attention has learned sink logits");
+    if (in.sink_logits) {
+        lminf_refuse_middle(model, "its attention has learned sink logits");
     }
     auto & rope = q_ropes[layer];
     if (rope.state == lminf_rope::UNKNOWN) {
@@ -215,16 +209,13 @@ ggml_tensor * lminf_middle::build_attn(ggml_context * ctx, size_t ikv, const att
     const auto & hparams = model.hparams;
 
     lminf_recall::inputs inputs = {};
-    inputs.q         = in.q;
+    inputs.window    = attention.build(ctx, ikv, in, true);
     inputs.q_far     = q_far;
-    inputs.k         = in.k;
-    inputs.v         = in.v;
-    inputs.mask      = in.mask;
     inputs.stored_k  = stored_k[layer];
     inputs.stored_v  = stored_v[layer];
     inputs.scale     = in.scale;
     inputs.softcap   = hparams.attn_soft_cap ? hparams.f_attn_logit_softcapping : 0.0f;
-    inputs.n_threads = in.n_threads;
+    inputs.n_threads = n_threads;
 
     return recall.attend(ctx, layer, inputs);
 }

@@ -5,6 +5,7 @@
 
 #pragma once
 
+#include "lminf-attention-op.h"
 #include "lminf-layers.h"
 #include "lminf-policy.h"
 #include "lminf-recall.h"
@@ -31,7 +32,8 @@ class lminf_middle {
 public:
     // NULL if the cache stores none. Throws std::runtime_error, with the reason, if it is to and cannot.
     static std::unique_ptr<lminf_middle> make(
-            const llama_model & model, const lminf_policy & policy, lminf_layers & layers, const lminf_cache_group & group);
+            const llama_model & model, const lminf_policy & policy, lminf_layers & layers, const lminf_cache_group & group,
+            const lminf_attention_op * attention);
 
     const lminf_store & get_store() const { return store; }
 
@@ -48,9 +50,7 @@ public:
 
     void find_means(int64_t seq_id, const lminf_sequence & seq, llama_context & lctx); // see lminf_recall
 
-    // its tokens, one sequence after the other; seq: before they are stored
-    struct part { int64_t seq_id; const lminf_sequence * seq; int64_t n; };
-    void begin(const std::vector<part> & parts, lminf_recall_mode mode);
+    void begin(const std::vector<lminf_attention_op::part> & parts, lminf_recall_mode mode);
 
     void set_recalls(bool recalls) { this->recalls = recalls; }
 
@@ -64,23 +64,15 @@ public:
     void build_inputs(ggml_context * ctx, int64_t n_tokens) const;
     void set_inputs  (const std::vector<int32_t> & pos_rope) const;
 
+    // of each token, the first position of the window that it sees where it recalls; empty if none recalls
+    std::vector<int64_t> near() const;
+
     // What is stored of a layer is stored when the result is computed, which has the data of k_cur or v_cur.
     ggml_tensor * store_k(ggml_context * ctx, ggml_tensor * k_cur, size_t ikv) const;
     ggml_tensor * store_v(ggml_context * ctx, ggml_tensor * v_cur, size_t ikv) const;
 
-    // as build_attn() of a cache has them
-    struct attention {
-        ggml_tensor * q;
-        ggml_tensor * k;
-        ggml_tensor * v;
-        ggml_tensor * bias;
-        ggml_tensor * mask;
-        ggml_tensor * sink_logits;
-        float         scale;
-        int32_t       n_threads;
-    };
     // the attention of a layer that recalls in this micro-batch, else NULL
-    ggml_tensor * build_attn(ggml_context * ctx, size_t ikv, const attention & in) const;
+    ggml_tensor * build_attn(ggml_context * ctx, size_t ikv, const lminf_attention_op::inputs & in, int32_t n_threads) const;
 
     //
     // between micro-batches
@@ -102,11 +94,13 @@ public:
 
 private:
     lminf_middle(const llama_model & model, const lminf_policy & policy, lminf_layers & layers, const lminf_cache_group & group,
-            std::vector<int32_t> store_layers, std::vector<lminf_store::layer_shape> shapes, std::vector<int64_t> n_heads);
+            const lminf_attention_op & attention, std::vector<int32_t> store_layers, std::vector<lminf_store::layer_shape> shapes, std::vector<int64_t> n_heads);
 
     const llama_model &  model;
     const lminf_policy & policy;
     const lminf_layers & layers;
+
+    const lminf_attention_op & attention;
 
     const std::vector<int32_t> store_layers; // [ikv] layer of the store, -1 for none
 
@@ -118,8 +112,7 @@ private:
 
     bool recalls = false; // in the micro-batch at hand
 
-    std::vector<int64_t>                seq_ids; // of the micro-batch at hand, and their books
-    std::vector<const lminf_sequence *> books;
+    std::vector<int64_t> near_begin;
 
     // what the graph that was built last is made of
     mutable bool                       was_built = false;   // with recall

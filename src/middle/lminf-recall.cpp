@@ -39,10 +39,6 @@ void lminf_recall::begin(std::vector<lminf_recall_token> tokens, bool recalls, b
     }
 }
 
-void lminf_recall::set_cells(int64_t seq, std::vector<int64_t> keys) {
-    cells[seq] = std::move(keys);
-}
-
 //
 // storing
 //
@@ -145,27 +141,20 @@ ggml_tensor * lminf_recall::attend(ggml_context * ctx, size_t layer, const input
     layer_op * op = ops[layer].get();
     op->scale   = in.scale;
     op->softcap = in.softcap;
-    const int64_t n_embd_v = in.v->nb[1] > in.v->nb[2] ? in.v->ne[2] : in.v->ne[0];
-    const int64_t n_head   = in.q->ne[1];
-    const int64_t n_tokens = in.q->ne[2];
-    const int64_t n_group  = per_head ? n_head : in.k->ne[1];
-
-    // few queries: the threads share the cells of each
-    const int64_t n_split = n_tokens*in.k->ne[1] < 8*in.n_threads ? in.n_threads : 1;
-
-    ggml_tensor * for_window[] = { in.q, in.k, in.v, in.mask };
-    ggml_tensor * window = ggml_custom_4d(ctx, GGML_TYPE_F32, n_embd_v + 2, n_head, n_tokens, n_split,
-            for_window, 4, compute_window, GGML_N_TASKS_MAX, op);
+    const int64_t n_embd_v = in.window->ne[0] - 2;
+    const int64_t n_head   = in.q_far->ne[1];
+    const int64_t n_tokens = in.q_far->ne[2];
+    const int64_t n_group  = per_head ? n_head : store.n_heads(layer);
 
     // threads that scan: each has heaps of its own, whose size is bounded
     const int64_t n_floats = best::n_floats(n_best)*n_group*n_tokens;
     const int64_t n_share  = std::clamp<int64_t>(N_HEAP_FLOATS/n_floats, 1, in.n_threads);
 
-    ggml_tensor * for_scan[] = { in.q_far, window, in.stored_k };
+    ggml_tensor * for_scan[] = { in.q_far, in.window, in.stored_k };
     ggml_tensor * scan = ggml_custom_4d(ctx, GGML_TYPE_F32, best::n_floats(n_best), n_group, n_tokens, n_share,
             for_scan, 3, compute_scan, GGML_N_TASKS_MAX, op);
 
-    ggml_tensor * for_merge[] = { window, scan, in.q_far, in.stored_v };
+    ggml_tensor * for_merge[] = { in.window, scan, in.q_far, in.stored_v };
     return ggml_custom_4d(ctx, GGML_TYPE_F32, n_embd_v*n_head, n_tokens, 1, 1,
             for_merge, 4, compute_merge, GGML_N_TASKS_MAX, op);
 }

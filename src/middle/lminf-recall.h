@@ -2,7 +2,7 @@
 // is largest with (Han et al., arXiv 2308.16137, section 4).
 //
 // Operations of our own in the model's graph, computed on the CPU. Three follow each other in each layer:
-//   1. attend to what the query sees anyway, and keep the log-sum-exp;
+//   1. attend to what the query sees anyway (lminf-attention-op.h), and keep the log-sum-exp;
 //   2. scan the stored keys, with bounded heaps of the best ones: all keys, or those that a first pass over sketches chose;
 //   3. take the best ones into the same softmax.
 // What they do depends on the micro-batch (begin()), not on the shape of the graph, so that a graph can be used again.
@@ -54,9 +54,6 @@ public:
     // are made from then on, and of these keys.
     void find_means(int64_t seq, int64_t slot, int64_t n);
 
-    // Positions of the keys in a sequence's cells as attend() finds them; INT64_MAX for those of sink tokens.
-    void set_cells(int64_t seq, std::vector<int64_t> keys);
-
     // Stores the rows of this micro-batch when the result is computed, which has the data of cur. Keys: F32 [n_embd, n_head,
     // n_tokens], at position 0.
     ggml_tensor * store_keys  (ggml_context * ctx, size_t layer, ggml_tensor * cur, ggml_tensor * keys);
@@ -64,11 +61,8 @@ public:
 
     // inputs of one layer's attention, as build_attn() has them
     struct inputs {
-        ggml_tensor * q;        // F32 [n_embd, n_head, n_tokens], as the cache's keys are rotated
-        ggml_tensor * q_far;    // the same at the distance of recalled keys from position 0
-        ggml_tensor * k;        // of the cache [n_embd, n_head_kv, n_kv, n_stream]
-        ggml_tensor * v;        // the same, or transposed [n_kv, n_head_kv, n_embd, n_stream]
-        ggml_tensor * mask;     // F32 or F16 [n_kv, n_tokens/n_stream, 1, n_stream]
+        ggml_tensor * window;   // what is seen anyway: F32 [n_embd_v + 2, n_head, n_tokens], values, largest logit, sum of exponentials
+        ggml_tensor * q_far;    // F32 [n_embd, n_head, n_tokens], queries at the distance of recalled keys from position 0
         ggml_tensor * stored_k; // what store_keys() and store_values() returned
         ggml_tensor * stored_v;
         float   scale;
@@ -106,7 +100,6 @@ private:
     const int64_t              n_candidates;
 
     std::vector<lminf_recall_token> tokens;
-    std::map<int64_t, std::vector<int64_t>> cells; // [sequence]
     bool gated      = false;
     bool is_checked = false;
 
@@ -122,7 +115,6 @@ private:
 
     static void compute_store_k(ggml_tensor * dst, int ith, int nth, void * data);
     static void compute_store_v(ggml_tensor * dst, int ith, int nth, void * data);
-    static void compute_window(ggml_tensor * dst, int ith, int nth, void * data);
     static void compute_scan  (ggml_tensor * dst, int ith, int nth, void * data);
     static void compute_merge (ggml_tensor * dst, int ith, int nth, void * data);
 };

@@ -7,17 +7,11 @@
 #pragma once
 
 #include "lminf-policy.h"
+#include "lminf-run.h"
 
 #include <cstdint>
 #include <utility>
 #include <vector>
-
-// keys [pos, pos + n) lie in cells [cell, cell + n)
-struct lminf_run {
-    int64_t pos;
-    int64_t cell;
-    int64_t n;
-};
 
 class lminf_sequence {
 public:

@@ -1,0 +1,269 @@
+// A tile: some queries of a stream, for the query heads that share a head of keys and values. Finds what they see, in
+// which cells it lies, and takes it block by block. Included by lminf-attention.cpp alone.
+
+#pragma once
+
+#include "lminf-attention-block.h"
+#include "lminf-attention.h"
+
+namespace {
+
+constexpr int64_t TILE_ROWS = 128; // query vectors that share an unpacked key; no result depends on it
+
+// a thread's share of the work area
+struct scratch {
+    float * k;
+    float * v;
+    float * scores;     // [rows][BLOCK]
+    float * scores_far; // the same, sink tokens scored with far_k
+    float * max;        // [rows]
+    float * factors;    // [rows]
+    float * sums;       // [rows][W]
+    float * acc;        // [rows][padded(n_embd_v)]
+    float * part;       // one row
+    float * total;      // rows of results
+
+    // sets the pointers from `data` on, and says how many floats they need
+    int64_t divide(float * data, int64_t n_embd_k, int64_t n_embd_v, int64_t n_rows) {
+        int64_t    n    = 0;
+        const auto take = [&](int64_t size) {
+            float * res = data ? data + n : nullptr;
+            n += padded(size);
+            return res;
+        };
+        k          = take(BLOCK*padded(n_embd_k));
+        v          = take(BLOCK*padded(n_embd_v));
+        scores     = take(n_rows*BLOCK);
+        scores_far = take(n_rows*BLOCK);
+        max        = take(n_rows);
+        factors    = take(n_rows);
+        sums       = take(n_rows*W);
+        acc        = take(n_rows*padded(n_embd_v));
+        part       = take(part_row::size(n_embd_v));
+        total      = take(n_rows*part_row::size(n_embd_v));
+        return n;
+    }
+};
+
+int64_t max_tile_rows(const lminf_attention_job & job) {
+    return std::max(TILE_ROWS, job.n_head/job.n_head_kv);
+}
+
+class tile_worker {
+public:
+    const int64_t head_kv;
+    const int64_t n_group; // query heads of it
+    const int64_t n_rows;  // all query heads of a token, then those of the next
+
+    tile_worker(const lminf_attention_job & job_, const lminf_attention_tile & tile_, int64_t head_kv_, const scratch & mem_) :
+        head_kv(head_kv_), n_group(job_.n_head/job_.n_head_kv), n_rows(tile_.n_tokens*n_group), job(job_), tile(tile_),
+        queries(job.queries + tile.token), stream(job.streams[queries->stream]), mem(mem_),
+        n_sink_parts(divide_up(tile.sinks, PART)) {}
+
+    // the parts of sink tokens come first
+    void compute_part(int64_t i_part) {
+        std::fill_n(mem.max, n_rows, NOTHING);
+        std::fill_n(mem.sums, n_rows*W, 0.0f);
+        std::fill_n(mem.acc, n_rows*padded(job.n_embd_v), 0.0f);
+
+        const bool    sinks = i_part < n_sink_parts;
+        const int64_t first = (sinks ? i_part : tile.begin/PART + i_part - n_sink_parts)*PART;
+        const int64_t last  = std::min(first + PART, sinks ? tile.sinks : tile.end);
+        run                 = find_run(first);
+        for (int64_t pos = first; pos < last; pos += BLOCK) {
+            add_block(pos, sinks);
+        }
+    }
+
+    // what compute_part() left for a row
+    part_row write_part(int64_t row, float * dst) const {
+        const part_row part = { dst, padded(job.n_embd_v) };
+        for (int64_t i = 0; i < part.n; i += W) {
+            // + 0: so that a zero's sign does not tell whether there were keys that the row did not see
+            simd::store(dst + i, simd::add(simd::load(mem.acc + row*part.n + i), simd::set1(0.0f)));
+        }
+        part.max() = mem.max[row];
+        part.sum() = simd::sum_of(simd::load(mem.sums + row*W));
+        return part;
+    }
+
+    void finish(int64_t row, const part_row & total) const {
+        const int64_t head = head_kv*n_group + row%n_group;
+        if (job.sink_logits) {
+            total.join_logit(job.sink_logits[head]);
+        }
+        const int64_t i_dst = (tile.token + row/n_group)*job.n_head + head;
+        if (job.parts) {
+            float * dst = job.dst + i_dst*(job.n_embd_v + 2);
+            memcpy(dst, total.values, job.n_embd_v*sizeof(float));
+            dst[job.n_embd_v]     = total.max();
+            dst[job.n_embd_v + 1] = total.sum();
+            return;
+        }
+        const float sum = total.sum() == 0.0f ? 1.0f : total.sum();
+        for (int64_t i = 0; i < total.n; i += W) {
+            simd::store(total.values + i, simd::div(simd::load(total.values + i), simd::set1(sum)));
+        }
+        memcpy(job.dst + i_dst*job.n_embd_v, total.values, job.n_embd_v*sizeof(float));
+    }
+
+private:
+    const lminf_attention_job &        job;
+    const lminf_attention_tile & tile;
+    const lminf_attention_query *      queries;
+    const lminf_attention_stream &     stream;
+    const scratch &                    mem;
+
+    const int64_t n_sink_parts;
+
+    int64_t run = 0;
+
+    // positions of a block, counted from its first
+    struct range {
+        int64_t first;
+        int64_t last;
+
+        bool     empty() const { return first >= last; }
+        uint32_t bits() const { return empty() ? 0 : (uint32_t) ((1ull << last) - (1ull << first)); }
+    };
+
+    static range cut(int64_t first, int64_t last, int64_t pos) {
+        return { std::clamp<int64_t>(first - pos, 0, BLOCK), std::clamp<int64_t>(last - pos, 0, BLOCK) };
+    }
+
+    // the tokens of the tile that see something of a block, and all that they see
+    struct view {
+        range tokens;
+        range keys;
+
+        void add(int64_t token, const range & seen) {
+            if (seen.empty()) {
+                return;
+            }
+            tokens = keys.empty() ? range{ token, token + 1 } : range{ tokens.first, token + 1 };
+            keys   = keys.empty() ? seen : range{ std::min(keys.first, seen.first), std::max(keys.last, seen.last) };
+        }
+    };
+
+    int64_t find_run(int64_t pos) const {
+        const auto ends_before = [](const lminf_run & x, int64_t end) { return x.pos + x.n <= end; };
+        return std::lower_bound(stream.runs, stream.runs + stream.n_runs, pos, ends_before) - stream.runs;
+    }
+
+    // Cells of the window's keys from pos on, and which are there. Where there is none, another's stands in: its row is
+    // unpacked again, and nobody looks at the result or gives it a weight.
+    uint32_t find_cells(int64_t pos, const range & keys, int64_t * cells) {
+        uint32_t there = 0;
+        while (run < stream.n_runs && stream.runs[run].pos + stream.runs[run].n <= pos) {
+            ++run;
+        }
+        for (int64_t i = run; i < stream.n_runs && stream.runs[i].pos < pos + keys.last; ++i) {
+            const lminf_run & found = stream.runs[i];
+            const range       part  = cut(std::max(found.pos, pos + keys.first), std::min(found.pos + found.n, pos + keys.last), pos);
+            if (!there) {
+                std::fill_n(cells, BLOCK, found.cell + pos + part.first - found.pos);
+            }
+            for (int64_t j = part.first; j < part.last; ++j) {
+                cells[j] = found.cell + pos + j - found.pos;
+            }
+            there |= part.bits();
+        }
+        return there;
+    }
+
+    void unpack(const lminf_rows & source, bool keys, const int64_t * cells, const range & seen, int64_t n_embd, float * dst) const {
+        const char * head = source.data + head_kv*source.head_stride;
+        const char * rows[BLOCK];
+        for (int64_t i = 0; i < BLOCK; ++i) {
+            rows[i] = head + cells[i]*source.row_stride;
+        }
+        unpacker_of(source.type, keys)(rows, seen.first, seen.last, n_embd, BLOCK*source.row_stride, dst);
+    }
+
+    void score(const lminf_rows & keys, const int64_t * cells, const lminf_attention_vectors & q, const view & seen, float * scores) const {
+        unpack(keys, true, cells, seen.keys, job.n_embd_k, mem.k);
+        for_rows(seen.tokens.first*n_group, seen.tokens.last*n_group, [&](auto n, int64_t row) {
+            const float * vectors[n];
+            for (int r = 0; r < n; ++r) {
+                vectors[r] = (const float *) ((const char *) q.data + (tile.token + (row + r)/n_group)*q.token_stride +
+                                              (head_kv*n_group + (row + r)%n_group)*q.head_stride);
+            }
+            for (int64_t i = seen.keys.first/W*W; i < seen.keys.last; i += W) {
+                multiply_keys<n>(vectors, mem.k + i*padded(job.n_embd_k), job.n_embd_k, scores + row*BLOCK + i);
+            }
+        });
+    }
+
+    void add_block(int64_t pos, bool sinks) {
+        view seen     = {};
+        view seen_far = {};
+        view seen_all = {};
+        for (int64_t token = 0; token < tile.n_tokens; ++token) {
+            const auto & query = queries[token];
+            seen_all.add(token, sinks ? cut(0, query.sinks, pos) : cut(query.begin, query.end, pos));
+            if (sinks) {
+                seen_far.add(token, cut(0, query.sinks_far, pos));
+                seen.add(token, cut(query.sinks_far, query.sinks, pos));
+            }
+        }
+        if (seen_all.keys.empty()) {
+            return;
+        }
+        int64_t  cells[BLOCK];
+        uint32_t there = UINT32_MAX;
+        if (sinks) {
+            for (int64_t i = 0; i < BLOCK; ++i) {
+                cells[i] = std::min(pos + i, pos + seen_all.keys.last - 1);
+            }
+            if (!seen_far.keys.empty()) {
+                score(stream.far_k, cells, job.q_far, seen_far, mem.scores_far);
+            }
+            if (!seen.keys.empty()) {
+                score(stream.k, cells, job.q, seen, mem.scores);
+            }
+        } else {
+            there = find_cells(pos, seen_all.keys, cells);
+            if (!there) {
+                return;
+            }
+            score(stream.k, cells, job.q, seen_all, mem.scores);
+        }
+        weigh(pos, sinks, there, seen_all.tokens);
+        add_weighted(cells, seen_all);
+    }
+
+    void weigh(int64_t pos, bool sinks, uint32_t there, const range & tokens) const {
+        const bool    softcap  = job.softcap != 0.0f;
+        const int64_t n_clamp  = std::min<int64_t>(job.n_clamp, 1 << 23);
+        logit_params  params   = { softcap ? job.scale/job.softcap : job.scale, job.softcap, 0.0f, 0.0f, (float) n_clamp };
+        for (int64_t token = tokens.first; token < tokens.last; ++token) {
+            const auto &   query    = queries[token];
+            const range    far      = cut(0, sinks ? query.sinks_far : 0, pos);
+            const range    seen     = sinks ? cut(0, query.sinks, pos) : cut(query.begin, query.end, pos);
+            const uint32_t visible  = seen.bits() & there;
+            params.distance         = (float) std::min(query.pos - pos, n_clamp + BLOCK);
+            for (int64_t i = 0; i < n_group; ++i) {
+                const int64_t row = token*n_group + i;
+                params.slope      = job.slopes ? job.slopes[head_kv*n_group + i] : 0.0f;
+                std::copy_n(mem.scores_far + row*BLOCK, far.last, mem.scores + row*BLOCK);
+                mem.factors[row] = soften(mem.scores + row*BLOCK, visible, params, mem.max + row, mem.sums + row*W);
+            }
+        }
+    }
+
+    void add_weighted(const int64_t * cells, const view & seen) {
+        unpack(stream.v, false, cells, seen.keys, job.n_embd_v, mem.v);
+        const int64_t stride = padded(job.n_embd_v);
+        const int64_t n_vec  = divide_up(job.n_embd_v, W);
+        for_rows(seen.tokens.first*n_group, seen.tokens.last*n_group, [&](auto n, int64_t row) {
+            for (int64_t i = 0; i < n_vec; i += 4) {
+                with_constant<4>(std::min<int64_t>(n_vec - i, 4), [&](auto d) {
+                    add_values<n, d>(mem.scores + row*BLOCK, mem.factors + row, mem.v + i*W, stride, seen.keys.first,
+                        seen.keys.last, mem.acc + row*stride + i*W);
+                });
+            }
+        });
+    }
+};
+
+} // namespace
