@@ -14,6 +14,7 @@ _Tokens: TypeAlias = npt.NDArray[np.int32]
 _Floats: TypeAlias = npt.NDArray[np.float32]
 
 def patch_id() -> str: ...
+def abi_id() -> str: ...
 def init_backends(lib_path: str) -> None: ...
 def backends() -> list[str]: ...
 def devices() -> list[str]: ...
@@ -252,6 +253,8 @@ class Context:
     def test_get_sink_original(self, il: int, j: int, seq_id: int = 0) -> bytes | None: ...
 
 class Sampler:
+    """Several threads can share one."""
+
     def __init__(
         self,
         model: Model,
@@ -269,5 +272,10 @@ class Sampler:
         grammar: str,
     ) -> None: ...
     def accept(self, tokens: _Tokens) -> None: ...
-    def sample(self, context: Context, n_top: int = 0, seq_id: int = 0) -> tuple[int, float, list[tuple[int, float]]]:
-        """The drawn token, its natural-log probability, and the n_top most probable tokens with theirs."""
+    def sample(
+        self, context: Context, n_top: int | None = None, seq_id: int = 0
+    ) -> tuple[int, float, list[tuple[int, float]]]:
+        """The drawn token, its natural-log probability, and the n_top most probable tokens with theirs.
+
+        None: no probabilities are computed, which takes a while; that of the drawn token is NaN.
+        """
