@@ -1,9 +1,11 @@
 #include "lminf.h"
 
+#include "lminf-build-id.h"
 #include "lminf-env.h"
 #include "lminf-hooks.h"
 #include "lminf-kv-cache.h"
 #include "lminf-params.h"
+#include "lminf-test.h"
 
 #include "llama-context.h"
 #include "llama-impl.h"
@@ -20,10 +22,6 @@
 #include <string>
 #include <vector>
 
-#ifndef LMINF_PATCH_ID
-#error "LMINF_PATCH_ID is the hash of source and patch; the build sets it"
-#endif
-
 // what the last call on this thread said
 static thread_local lminf_status last_status = LMINF_STATUS_OK;
 static thread_local std::string  last_error;
@@ -33,6 +31,7 @@ struct lminf_request {
     bool by_caller = false;
 
     std::optional<lminf_params> params; // none: a context without LM-Infinite
+    std::string                 path;   // of the store; the caller's may be gone when a context is made
 };
 static thread_local lminf_request request;
 
@@ -51,13 +50,20 @@ lminf_status lminf_succeed() {
 // context
 //
 
+// the part of a memory that is not recurrent
+static llama_memory_i * get_attention(llama_memory_i * memory) {
+    if (auto * hybrid = dynamic_cast<llama_memory_hybrid *>(memory)) {
+        return hybrid->get_mem_attn();
+    }
+    if (auto * hybrid_iswa = dynamic_cast<llama_memory_hybrid_iswa *>(memory)) {
+        return hybrid_iswa->get_mem_attn();
+    }
+    return memory;
+}
+
 // the KV cache of the full-attention layers, whatever memory holds it; NULL if the context was not made with LM-Infinite
 static lminf_kv_cache * get_kv_cache(llama_memory_i * memory) {
-    if (auto * hybrid = dynamic_cast<llama_memory_hybrid *>(memory)) {
-        memory = hybrid->get_mem_attn();
-    } else if (auto * hybrid_iswa = dynamic_cast<llama_memory_hybrid_iswa *>(memory)) {
-        memory = hybrid_iswa->get_mem_attn();
-    }
+    memory = get_attention(memory);
     if (auto * iswa = dynamic_cast<llama_kv_cache_iswa *>(memory)) {
         memory = iswa->get_base();
     }
@@ -89,7 +95,13 @@ static void align_recurrent(const llama_context * ctx, llama_seq_id seq_id) {
 }
 
 void lminf_use_params(const struct lminf_params * params) {
-    request = { /*.by_caller =*/ true, params ? std::optional(*params) : std::nullopt };
+    request = {};
+    request.by_caller = true;
+    if (params) {
+        request.params = *params;
+        request.path   = params->middle.path ? params->middle.path : "";
+        request.params->middle.path = nullptr;
+    }
     lminf_succeed();
 }
 
@@ -121,6 +133,9 @@ llama_memory_i * lminf_create_memory(const llama_model & model, const llama_memo
     }
 
     auto & p = *asked;
+    if (request.by_caller && !request.path.empty()) {
+        p.middle.path = request.path.c_str();
+    }
     if (lminf_resolve_params(model, params.ctx_type, cparams.n_seq_max, p) != LMINF_STATUS_OK ||
             check_context(model, params, cparams) != LMINF_STATUS_OK) {
         throw std::runtime_error(last_error);
@@ -179,11 +194,6 @@ struct llama_context * lminf_init_from_model(
     llama_context * ctx = llama_init_from_model(model, cparams);
     request = before;
 
-    if (ctx && !get_kv_cache(ctx)->has_recall_hooks()) {
-        lminf_fail_middle(*model, "its attention is built in a way of its own");
-        llama_free(ctx);
-        return nullptr;
-    }
     if (!ctx && last_status == LMINF_STATUS_OK) {
         lminf_fail(LMINF_STATUS_CONTEXT, "llama.cpp could not create the context; its log says why");
     }
@@ -264,6 +274,36 @@ int32_t lminf_get_recall(
     return (int32_t) found.size();
 }
 
+// llama.cpp's shift takes quantised keys for rotated by a Hadamard matrix, whole heads of them.
+static bool can_shift(const llama_kv_cache & kv, const llama_hparams & hparams) {
+    if (!ggml_is_quantized(kv.type_k())) {
+        return true;
+    }
+    for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
+        if (hparams.has_kv(il) && hparams.has_rope(il) && hparams.n_rot(il) != hparams.n_embd_head_k(il)) {
+            return false;
+        }
+    }
+    const ggml_init_params params = { /*.mem_size =*/ ggml_tensor_overhead(), /*.mem_buffer =*/ nullptr, /*.no_alloc =*/ true };
+    const ggml_context_ptr ctx { ggml_init(params) };
+    return kv.build_input_k_rot(ctx.get()) != nullptr;
+}
+
+bool lminf_can_shift(const struct llama_context * ctx) {
+    llama_memory_i * memory = ctx ? llama_get_memory(ctx) : nullptr;
+    if (!memory || !memory->get_can_shift()) {
+        return false;
+    }
+    memory = get_attention(memory);
+
+    const auto & hparams = ctx->get_model().hparams;
+    if (const auto * iswa = dynamic_cast<llama_kv_cache_iswa *>(memory)) {
+        return can_shift(*iswa->get_base(), hparams) && can_shift(*iswa->get_swa(), hparams);
+    }
+    const auto * kv = dynamic_cast<llama_kv_cache *>(memory);
+    return !kv || can_shift(*kv, hparams);
+}
+
 int64_t lminf_n_past(const struct llama_context * ctx, llama_seq_id seq_id) {
     if (const auto * kv = get_kv_cache(ctx)) {
         return kv->has_seq(seq_id) ? kv->n_past(seq_id) : -1;
@@ -322,6 +362,10 @@ int32_t lminf_decode(
 
 const char * lminf_patch_id(void) {
     return LMINF_PATCH_ID;
+}
+
+const char * lminf_abi_id(void) {
+    return LMINF_ABI_ID;
 }
 
 //
