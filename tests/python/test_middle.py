@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
@@ -301,6 +304,49 @@ class TestSavedStates:
         middle = config_of(RETRIEVAL, path=tmp_path / "store")
         with open_llama(head_32, ATTENTION, middle=middle), pytest.raises(ContextError, match="in use"):
             open_llama(head_32, ATTENTION, middle=middle)
+
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="there are no forks")
+    def test_a_forked_child_does_not_keep_its_parent_from_a_store(self, head_32: TinyModel, tmp_path: Path) -> None:
+        """A file's lock is inherited; and a child that closes what it inherited takes nothing from its parent."""
+        command = [sys.executable, "-c", FORKED_STORE, str(head_32.path), str(tmp_path / "store")]
+        finished = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert finished.stdout.splitlines() == ["in use while the parent has it", "opened again"], finished.stderr
+
+
+FORKED_STORE = """
+import os, signal, sys
+from lminf_edge import ContextError, Llama, LMInfConfig, MiddleConfig
+
+def opened():
+    middle = MiddleConfig(k=4, layers=(0, None), max_tokens=200, path=sys.argv[2])
+    return Llama(sys.argv[1], lminf=LMInfConfig(n_window=32, middle=middle), n_threads=1)
+
+def say(text):
+    os.write(1, text.encode() + bytes([10]))
+
+llm = opened()
+reader, writer = os.pipe()
+closing = os.fork()
+if closing == 0:
+    llm.close()
+    try:
+        opened()
+    except ContextError as error:
+        say("in use while the parent has it" if "in use" in str(error) else str(error))
+    os.write(writer, b".")
+    signal.pause()
+bystander = os.fork()
+if bystander == 0:
+    signal.pause()
+try:
+    os.read(reader, 1)
+    llm.close()
+    opened().close()
+    say("opened again")
+finally:
+    for child in (closing, bystander):
+        os.kill(child, signal.SIGKILL)
+"""
 
 
 class TestOptions:
