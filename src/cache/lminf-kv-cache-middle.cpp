@@ -94,6 +94,10 @@ void lminf_kv_cache::find_means(llama_seq_id seq_id) {
 }
 
 void lminf_kv_cache::build_middle_inputs(ggml_context * ctx, const llama_ubatch & ubatch) const {
+    // a context is made with several graphs, so the first one's layers are known before a token is decoded
+    if (middle->neg_pos && !has_recall_hooks()) {
+        lminf_refuse_middle(model, "its attention is built in a way of its own");
+    }
     for (auto * input : { &middle->neg_pos, &middle->q_shift }) {
         *input = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, ubatch.n_tokens*hparams.n_pos_per_embd());
         ggml_set_input(*input);
