@@ -388,6 +388,7 @@ static void register_middle_stats(py::module_ & m) {
         .def_readonly("n_retrievable", &lminf_middle_stats::n_retrievable)
         .def_readonly("n_bytes", &lminf_middle_stats::n_bytes)
         .def_readonly("n_bytes_token", &lminf_middle_stats::n_bytes_token)
+        .def_readonly("n_bytes_full", &lminf_middle_stats::n_bytes_full)
         .def_readonly("scan_seconds", &lminf_middle_stats::scan_seconds);
 }
 
@@ -400,6 +401,10 @@ void register_context(py::module_ & m) {
         "What llama_init_from_model() gives on this thread: with None plain contexts.");
     m.def("use_environment", &lminf_use_environment, "The environment variables decide that again.");
     m.def("raise_last_error", &raise_last_error, "Raises what was wrong with parameters or model, if anything was.");
+    m.def("available_memory", [] {
+        const uint64_t n_bytes = lminf_available_memory();
+        return n_bytes == UINT64_MAX ? std::nullopt : std::optional(n_bytes);
+    });
     m.def("state_version", [] { return LLAMA_STATE_SEQ_VERSION; });
     m.def("cache_types", [] {
         std::vector<std::string> names;

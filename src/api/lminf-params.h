@@ -17,7 +17,8 @@ lminf_status lminf_fail_unsupported(const llama_model & model, const std::string
 lminf_status lminf_fail_middle     (const llama_model & model, const std::string & reason);
 
 // see the C function of this name
-lminf_status lminf_resolve_params(const llama_model & model, llama_context_type ctx_type, uint32_t n_seq_max, lminf_params & p);
+lminf_status lminf_resolve_params(
+        const llama_model & model, llama_context_type ctx_type, uint32_t n_seq_max, uint32_t n_ubatch, lminf_params & p);
 
 lminf_status lminf_check_cache_types(const llama_model & model, ggml_type type_k, ggml_type type_v);
 

@@ -5,6 +5,7 @@
 #include "lminf-hooks.h"
 #include "lminf-kv-cache.h"
 #include "lminf-params.h"
+#include "lminf-room.h"
 #include "lminf-test.h"
 
 #include "llama-context.h"
@@ -136,7 +137,7 @@ llama_memory_i * lminf_create_memory(const llama_model & model, const llama_memo
     if (request.by_caller && !request.path.empty()) {
         p.middle.path = request.path.c_str();
     }
-    if (lminf_resolve_params(model, params.ctx_type, cparams.n_seq_max, p) != LMINF_STATUS_OK ||
+    if (lminf_resolve_params(model, params.ctx_type, cparams.n_seq_max, cparams.n_ubatch, p) != LMINF_STATUS_OK ||
             check_context(model, params, cparams) != LMINF_STATUS_OK) {
         throw std::runtime_error(last_error);
     }
@@ -150,9 +151,12 @@ llama_memory_i * lminf_create_memory(const llama_model & model, const llama_memo
     }
 
     std::unique_ptr<llama_memory_i> memory;
-    {
+    try {
         const lminf_cache_group_scope scope(std::make_shared<lminf_cache_group>(p, cparams.n_ubatch));
         memory.reset(model.create_memory(params, cparams));
+    } catch (const lminf_no_room & error) {
+        lminf_fail(LMINF_STATUS_CONFIG, std::string("middle tokens: ") + error.what());
+        throw std::runtime_error(last_error);
     }
     if (!get_kv_cache(memory.get())) {
         lminf_fail_unsupported(model, "it has a memory of its own kind");
@@ -198,6 +202,10 @@ struct llama_context * lminf_init_from_model(
         lminf_fail(LMINF_STATUS_CONTEXT, "llama.cpp could not create the context; its log says why");
     }
     return ctx;
+}
+
+uint64_t lminf_available_memory(void) {
+    return lminf_room_in_memory();
 }
 
 enum lminf_status lminf_last_status(void) {

@@ -81,6 +81,7 @@ struct lminf_middle_stats {
     int64_t n_retrievable; // those of them that the next query could recall: it does not see them
     int64_t n_bytes;       // that the stored tokens take
     int64_t n_bytes_token; // of one token
+    int64_t n_bytes_full;  // of the store of all sequences once it is full, in memory or in its file
     double  scan_seconds;  // spent on looking through stored keys, all sequences together
 };
 
@@ -108,6 +109,10 @@ LLAMA_API void lminf_use_params(const struct lminf_params * params);
 // The environment decides again, as at first: contexts have LM-Infinite if one of LMINF_N_SINK, LMINF_N_WINDOW, LMINF_N_CLAMP,
 // LMINF_N_BLOCK, LMINF_N_ROLLBACK, LMINF_N_REBASE (numbers as in lminf_params) and LMINF_SINK_ORDER (clamped, kept) is set.
 LLAMA_API void lminf_use_environment(void);
+
+// Bytes of memory that the process can still take: what a store in memory has to fit into. Limits of control groups count (Linux).
+// UINT64_MAX if the system does not say.
+LLAMA_API uint64_t lminf_available_memory(void);
 
 LLAMA_API enum lminf_status lminf_last_status(void);
 LLAMA_API const char *      lminf_last_error (void); // "" after success

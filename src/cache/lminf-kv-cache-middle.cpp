@@ -24,7 +24,7 @@ lminf_kv_cache::middle_tokens::middle_tokens(
 void lminf_kv_cache::make_middle() {
     middle_layers.assign(layers.size(), -1);
 
-    if (policy.n_middle == 0 || hparams.no_alloc) {
+    if (policy.n_middle == 0) {
         return;
     }
 
@@ -42,6 +42,10 @@ void lminf_kv_cache::make_middle() {
     }
     if (shapes.empty()) {
         lminf_refuse_middle(model, "none of the layers that are to recall has full attention");
+    }
+    store_size = lminf_store::full_size(shapes, (ggml_type) group->params.middle.cache_type, policy.n_slots(), n_stream);
+    if (hparams.no_alloc) {
+        return;
     }
     middle = std::make_unique<middle_tokens>(shapes, n_heads, *group, policy.n_slots(), n_stream);
 }
@@ -220,6 +224,7 @@ std::pair<int64_t, int64_t> lminf_kv_cache::middle_rows(const lminf_sequence & s
 
 lminf_middle_stats lminf_kv_cache::middle_stats(llama_seq_id seq_id) const {
     lminf_middle_stats res = {};
+    res.n_bytes_full = (int64_t) store_size;
     if (middle) {
         const auto & seq = seqs[seq_id];
 

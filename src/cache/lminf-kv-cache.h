@@ -219,6 +219,8 @@ private:
 
     std::vector<int32_t> middle_layers; // [ikv] layer of the store, -1 for none
 
+    uint64_t store_size = 0; // when it is full; also in a context without memory, which has no store
+
     void make_middle();
     bool reserve_middle(llama_seq_id seq_id, int64_t n_past); // room for the rows of tokens below n_past
     void begin_middle(const llama_ubatch & ubatch);

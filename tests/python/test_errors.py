@@ -285,6 +285,14 @@ def test_a_wrong_call_leaves_the_object_usable(tiny: Llama) -> None:
     np.testing.assert_allclose(tiny.eval([6, 7]), expected[1:], atol=1e-2)
 
 
+def test_more_cells_than_llama_cpp_can_count_are_refused(tmp_path: Path) -> None:
+    path = write_tiny_model(tmp_path / "model.gguf", replace(HEAD_32, n_ctx_train=2**30), seed=1).path
+    # a copy of all sink tokens for each token of a micro-batch
+    config = LMInfConfig(n_sink=2**24, n_window=64, n_block=1)
+    with pytest.raises(ConfigError, match=r"n_sink = 16777216, .* n_ubatch = 512: .* can have at most 2\^32 - 1"):
+        Llama(path, lminf=config, n_ubatch=512)
+
+
 def logits_after_a_shift(model: Path, cache_type: str) -> npt.NDArray[np.float32]:
     with Llama(model, n_ctx=128, cache_type_k=cache_type, cache_type_v=cache_type, n_threads=1) as llm:
         llm.eval(random_tokens(60, seed=7))

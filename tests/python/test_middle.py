@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -385,6 +386,32 @@ class TestOptions:
 
         with pytest.raises(ConfigError, match=named):
             open_llama(head_32, ATTENTION, middle=config_of(RETRIEVAL, **options))
+
+    def test_a_store_that_does_not_fit_is_refused_when_it_is_made(
+        self, open_llama: OpenLlama, head_32: TinyModel, tmp_path: Path
+    ) -> None:
+        """Not when its rows are written, one by one, by the system that ends the process."""
+        from lminf_edge import ConfigError
+
+        huge, file = replace(RETRIEVAL, max_tokens=2**28), tmp_path / "store"
+        n_bytes = 64 * 2**28 * 2 * 2 * 2 * 32 * 4  # sequences, tokens, layers, heads, key and value, components
+        for path, expected in (
+            (None, "bytes of memory, and .* are available: keep it in a file .* fewer tokens"),
+            (file, "bytes of the disk of .*/store, and .* are available: store fewer tokens"),
+        ):
+            with pytest.raises(ConfigError, match=rf"needs \d+ {expected}") as refusal:
+                open_llama(head_32, ATTENTION, middle=config_of(huge, path=path), _n_seq_max=64)
+            needed, available = (int(word) for word in re.findall(r"\d+", str(refusal.value).replace(str(file), ""))[:2])
+            assert n_bytes <= needed < 1.01 * n_bytes
+            assert 0 < available < needed
+        assert not file.exists()
+
+    def test_what_a_store_can_take_is_told(self, open_llama: OpenLlama, head_32: TinyModel, tmp_path: Path) -> None:
+        middle = config_of(RETRIEVAL, path=tmp_path / "store")
+        with open_llama(head_32, ATTENTION, middle=middle, _n_seq_max=2) as llm:
+            assert llm._context.middle_stats().n_bytes_full == (tmp_path / "store").stat().st_size
+        with open_llama(head_32, ATTENTION) as llm:
+            assert llm._context.middle_stats().n_bytes_full == 0
 
     def test_values_that_do_not_fit_the_window_are_named(self) -> None:
         from lminf_edge import ConfigError, LMInfConfig, MiddleConfig
