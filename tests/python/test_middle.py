@@ -401,7 +401,8 @@ class TestOptions:
         ):
             with pytest.raises(ConfigError, match=rf"needs \d+ {expected}") as refusal:
                 open_llama(head_32, ATTENTION, middle=config_of(huge, path=path), _n_seq_max=64)
-            needed, available = (int(word) for word in re.findall(r"\d+", str(refusal.value).replace(str(file), ""))[:2])
+            message = str(refusal.value).replace(str(file), "")
+            needed, available = (int(number) for number in re.findall(r"\d+", message)[:2])
             assert n_bytes <= needed < 1.01 * n_bytes
             assert 0 < available < needed
         assert not file.exists()
