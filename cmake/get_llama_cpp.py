@@ -285,7 +285,7 @@ def obtain_source(lock: Lock, into: Path) -> None:
 
 
 def patch_id(lock: Lock, patch: bytes) -> str:
-    """Returns the identity of what is built, as ``lminf_edge._core.patch_id()`` reports it."""
+    """Returns the identity of the patched llama.cpp, as ``lminf_edge._core.patch_id()`` reports it."""
     return sha256(lock.sdist_sha256.encode() + patch)
 
 
@@ -398,7 +398,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--lock", type=Path, default=LOCK_PATH)
     parser.add_argument("--patch", type=Path, default=PATCH_PATH)
     commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("prepare", help="extract and patch; print the folder and the patch id, a line each")
+    command = commands.add_parser("prepare", help="extract and patch; print the folder")
     command.add_argument("--into", type=Path, required=True, help="where the folder is made")
     command.add_argument("--stock", action="store_true", help="no patch")
     commands.add_parser("update-lock", help="write the lock for the patch as it is now")
@@ -411,7 +411,6 @@ def main(arguments: list[str] | None = None) -> int:
         if options.command == "prepare":
             patch = None if options.stock else options.patch.read_bytes()
             print(prepare(options.into.resolve(), lock, patch).as_posix())
-            print("stock" if patch is None else patch_id(lock, patch))
         else:
             if options.command == "update-patch":
                 options.patch.write_bytes(make_patch(lock, options.tree))

@@ -1,6 +1,6 @@
 # Adds llama.cpp as a subdirectory: the targets llama, ggml, ggml-base and one for each backend.
 #
-# Sets LMINF_LLAMA_CPP (the source folder), LMINF_PATCH_ID, and LMINF_LIBRARIES (the shared libraries to install).
+# Sets LMINF_LLAMA_CPP (the source folder) and LMINF_LIBRARIES (the shared libraries to install).
 
 set(command ${CMAKE_CURRENT_LIST_DIR}/get_llama_cpp.py prepare --into ${CMAKE_BINARY_DIR})
 if (LMINF_STOCK)
@@ -14,9 +14,7 @@ if (NOT result EQUAL 0)
     string(REPLACE "\n" "\n  " error "${error}") # indented lines are printed as they are, not wrapped
     message(FATAL_ERROR "\n  ${error}")
 endif()
-string(REPLACE "\n" ";" output "${output}")
-list(GET output 0 LMINF_LLAMA_CPP)
-list(GET output 1 LMINF_PATCH_ID)
+set(LMINF_LLAMA_CPP ${output})
 set_property(DIRECTORY ${CMAKE_SOURCE_DIR} APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS
     cmake/get_llama_cpp.py cmake/llama.cpp.lock.json src/patches/llama.cpp.patch)
 
@@ -43,6 +41,9 @@ foreach (library llama ggml ggml-base ${GGML_AVAILABLE_BACKENDS})
         list(APPEND LMINF_LIBRARIES ${library})
     endif()
 endforeach()
+
+# The extension uses llama.cpp's parser of grammars, which is no part of llama.h. Elsewhere symbols are visible by default.
+set_target_properties(llama PROPERTIES WINDOWS_EXPORT_ALL_SYMBOLS ON)
 
 # ggml's AMX kernels crash when GCC 12 optimises them: of the tile configuration that _tile_loadconfig() reads, stores are
 # dropped at -O3. The other kernels of such a processor are close in speed.

@@ -4,8 +4,6 @@
 #include "log.h"
 
 #include <algorithm>
-#include <array>
-#include <cstdlib>
 #include <vector>
 
 namespace py = pybind11;
@@ -246,30 +244,13 @@ void Context::use::forget(int64_t end) {
     remove(params.n_sink, end);
 }
 
-// Without its Hadamard rotation llama.cpp cannot shift quantised keys: it rotates them back with a matrix that is not there.
-static bool is_hadamard_rotated(const llama_model * model) {
-    const char * disabled = std::getenv("LLAMA_ATTN_ROT_DISABLE");
-    if (disabled && std::atoi(disabled)) {
-        return false;
-    }
-    std::array<char, 64> value{};
-    if (llama_model_meta_val_str(model, "general.architecture", value.data(), value.size()) > 0) {
-        const std::string key = std::string(value.data()) + ".attention.key_length";
-        if (llama_model_meta_val_str(model, key.c_str(), value.data(), value.size()) > 0) {
-            return std::atoi(value.data()) % 64 == 0;
-        }
-    }
-    return llama_model_n_embd(model) / std::max(1, llama_model_n_head(model)) % 64 == 0;
-}
-
 void Context::use::shift(int64_t n_keep, int64_t n_discard) {
     llama_memory_t  memory = llama_get_memory(ctx());
     const llama_pos n_past = llama_memory_seq_pos_max(memory, seq_id) + 1;
     if (lminf_get_params(ctx(), nullptr)) {
         throw error(error_type::config, "a window of LM-Infinite moves by itself: only plain contexts are shifted");
     }
-    if (!llama_memory_can_shift(memory) ||
-        (ggml_is_quantized(context.options.cache_type_k) && !is_hadamard_rotated(llama_get_model(ctx())))) {
+    if (!lminf_can_shift(ctx())) {
         throw error(error_type::unsupported_model, "llama.cpp cannot shift the context of this model with this cache");
     }
     if (n_keep < 0 || n_discard < 1 || n_keep + n_discard >= n_past) {

@@ -55,9 +55,10 @@ public:
     // Never waits: while another thread computes, the position before its micro-batch.
     int64_t n_past(llama_seq_id seq_id) const;
 
-private:
+    // Throws error_type::config if there is no such sequence.
     void check_seq_id(llama_seq_id seq_id) const;
 
+private:
     std::unique_ptr<llama_context, context_deleter> ptr;
     std::unique_ptr<std::atomic<int64_t>[]>         last_n_past; // of each sequence
     std::mutex                                      mutex;
@@ -123,6 +124,13 @@ public:
     void forget_logits() {
         context.logits_of.reset();
         context.restored_logits.clear();
+    }
+
+    // After anything else than decode() changed this sequence and no other.
+    void forget_own_logits() {
+        if (context.logits_of == seq_id) {
+            forget_logits();
+        }
     }
 
 private:

@@ -1,28 +1,25 @@
 #include "module.h"
 
 #include "errors.h"
+#include "lminf-build-id.h" // what this extension was compiled against
 #include "lminf.h"
 
 #include <string>
 
-// LMINF_PATCH_ID: the hash of the llama.cpp source and patch that this extension was compiled against.
-#ifndef LMINF_PATCH_ID
-#error "LMINF_PATCH_ID is not defined: build this file through the project's CMakeLists.txt"
-#endif
-
 PYBIND11_MODULE(_core, m) {
     m.doc() = "LM-Infinite for llama.cpp: thin bindings of llama.h and lminf.h. Use lminf_edge.Llama instead.";
 
-    const std::string built_for = LMINF_PATCH_ID;
-    const std::string loaded    = lminf_patch_id();
+    const std::string built_for = LMINF_ABI_ID;
+    const std::string loaded    = lminf_abi_id();
     if (built_for != loaded) {
-        throw pybind11::import_error("lminf_edge._core was built for llama.cpp with patch id " + built_for +
+        throw pybind11::import_error("lminf_edge._core was built for a libllama with the id " + built_for +
             ", but the loaded libllama has " + loaded +
             ". Another libllama came first: unset LD_LIBRARY_PATH (DYLD_LIBRARY_PATH on macOS) or reinstall "
             "lminf-edge.");
     }
     m.def("patch_id", &lminf_patch_id,
         "SHA-256 (hex) of the llama.cpp source and patch that the library was built from.");
+    m.def("abi_id", &lminf_abi_id, "The same of all sources, those of the engine with them.");
 
     lminf_python::register_errors();
     lminf_python::register_backend(m);

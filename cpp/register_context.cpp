@@ -1,5 +1,6 @@
 #include "context.h"
 #include "errors.h"
+#include "lminf-test.h"
 #include "logprob.h"
 #include "module.h"
 
@@ -223,8 +224,17 @@ static bool seq_rm(Context & context, llama_seq_id seq_id, llama_pos p0, llama_p
 }
 
 static void seq_cp(Context & context, llama_seq_id source, llama_seq_id target, llama_pos p0, llama_pos p1) {
-    const Context::use check_target(context, target);
-    llama_memory_seq_cp(llama_get_memory(check_target.ctx()), source, target, p0, p1);
+    context.check_seq_id(source);
+    Context::use   held(context, target);
+    llama_memory_t memory = llama_get_memory(held.ctx());
+    p1                    = p1 > llama_memory_seq_pos_max(memory, source) ? -1 : p1;
+    if (!lminf_get_params(held.ctx(), nullptr) && (p0 > 0 || p1 >= 0)) { // it would abort the process
+        throw error(error_type::config, "llama.cpp copies whole sequences only");
+    }
+    if (source != target) {
+        llama_memory_seq_cp(memory, source, target, p0, p1);
+        held.forget_own_logits();
+    }
 }
 
 static void seq_keep(Context & context, llama_seq_id seq_id) {
@@ -265,7 +275,7 @@ static bool test_set_position(Context & context, int64_t pos, llama_seq_id seq_i
     return lminf_test_set_position(held.ctx(), seq_id, pos);
 }
 
-// Calls a "copy into dst, return the size" function of lminf.h twice; None if there is nothing to copy.
+// Calls a "copy into dst, return the size" function of lminf-test.h twice; None if there is nothing to copy.
 template <typename F> static std::optional<py::bytes> copied_bytes(Context & context, llama_seq_id seq_id, F && f) {
     std::string buffer;
     {
@@ -378,6 +388,7 @@ static void register_middle_stats(py::module_ & m) {
         .def_readonly("n_retrievable", &lminf_middle_stats::n_retrievable)
         .def_readonly("n_bytes", &lminf_middle_stats::n_bytes)
         .def_readonly("n_bytes_token", &lminf_middle_stats::n_bytes_token)
+        .def_readonly("n_bytes_full", &lminf_middle_stats::n_bytes_full)
         .def_readonly("scan_seconds", &lminf_middle_stats::scan_seconds);
 }
 
@@ -390,6 +401,10 @@ void register_context(py::module_ & m) {
         "What llama_init_from_model() gives on this thread: with None plain contexts.");
     m.def("use_environment", &lminf_use_environment, "The environment variables decide that again.");
     m.def("raise_last_error", &raise_last_error, "Raises what was wrong with parameters or model, if anything was.");
+    m.def("available_memory", [] {
+        const uint64_t n_bytes = lminf_available_memory();
+        return n_bytes == UINT64_MAX ? std::nullopt : std::optional(n_bytes);
+    });
     m.def("state_version", [] { return LLAMA_STATE_SEQ_VERSION; });
     m.def("cache_types", [] {
         std::vector<std::string> names;
@@ -427,12 +442,12 @@ void register_context(py::module_ & m) {
         .def("forget", &forget, py::arg("end"), seq_id)
         .def("shift", &shift, py::arg("n_keep"), py::arg("n_discard"), seq_id)
         .def("get_state", &get_state, seq_id)
-        .def("set_state", &set_state, py::arg("state"), py::arg("logits") = py::none(), seq_id)
+        .def("set_state", &set_state, py::arg("state"), py::arg("logits").noconvert() = py::none(), seq_id)
         .def("eval", &eval, tokens, out, seq_id, recall)
         .def("score", &score, tokens, py::arg("targets").noconvert(), out, seq_id, recall)
         .def("last_logits", &last_logits, seq_id)
         .def("clear", &clear)
-        .def("eval_batch", &eval_batch, tokens, py::arg("seq_ids"), py::arg("out"), recall,
+        .def("eval_batch", &eval_batch, tokens, py::arg("seq_ids").noconvert(), out, recall,
             "Appends tokens to the sequences that they belong to, at once; writes logits [n_tokens, n_vocab].")
         .def("seq_cp", &seq_cp, py::arg("source"), py::arg("target"), py::arg("p0") = -1, py::arg("p1") = -1)
         .def("seq_keep", &seq_keep, seq_id)

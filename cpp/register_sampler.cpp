@@ -26,7 +26,7 @@ static std::unique_ptr<Sampler> make_sampler(std::shared_ptr<Model> model, uint3
 }
 
 static std::tuple<llama_token, float, std::vector<token_logprob>> sample(
-    Sampler & sampler, Context & context, size_t n_top, llama_seq_id seq_id) {
+    Sampler & sampler, Context & context, std::optional<size_t> n_top, llama_seq_id seq_id) {
     drawn_token result = sampler.sample(context, n_top, seq_id);
     return {result.drawn.first, result.drawn.second, std::move(result.most_probable)};
 }
@@ -38,7 +38,7 @@ void register_sampler(py::module_ & m) {
             py::arg("frequency_penalty"), py::arg("presence_penalty"), py::arg("penalty_last_n"), py::arg("logit_bias"),
             py::arg("grammar"))
         .def("accept", &Sampler::accept, py::arg("tokens").noconvert())
-        .def("sample", &sample, py::arg("context"), py::arg("n_top") = 0, py::arg("seq_id") = 0);
+        .def("sample", &sample, py::arg("context"), py::arg("n_top") = py::none(), py::arg("seq_id") = 0);
 }
 
 } // namespace lminf_python

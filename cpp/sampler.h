@@ -4,9 +4,13 @@
 
 #include "context.h"
 
+#include <deque>
 #include <map>
 #include <memory>
+#include <mutex>
+#include <optional>
 #include <string>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -35,10 +39,11 @@ using sampler_ptr = std::unique_ptr<llama_sampler, sampler_deleter>;
 using token_logprob = std::pair<llama_token, float>; // natural log, before any sampler
 
 struct drawn_token {
-    token_logprob              drawn;
+    token_logprob              drawn;         // NaN if nobody asked
     std::vector<token_logprob> most_probable; // descending
 };
 
+// Several threads can use one: each token is drawn and accepted before the next.
 class Sampler {
 public:
     // Throws error_type::config if llama.cpp refuses the grammar.
@@ -47,22 +52,31 @@ public:
     // Tokens that the penalties count although they were not drawn: the prompt's.
     void accept(const token_array & tokens);
 
-    // Draws the token after the last one of a sequence, and looks up the n_top most probable ones.
-    // Throws error_type::state if the grammar allows no token of the vocabulary.
-    drawn_token sample(Context & context, size_t n_top, llama_seq_id seq_id);
+    // Draws the token after the last one of a sequence, and looks up the n_top most probable ones; without n_top no
+    // probability is computed. Throws error_type::state if the grammar allows no token of the vocabulary.
+    drawn_token sample(Context & context, std::optional<size_t> n_top, llama_seq_id seq_id);
 
 private:
     void        add(llama_sampler * sampler);
+    void        take_in(llama_token token);
     llama_token draw(const float * logits);
     llama_token draw_among_candidates();
     bool        grammar_allows(llama_token token) const;
     void        remove_what_the_grammar_forbids();
-    void        fill_candidates(const float * logits);
+    void        fill_with_all(const float * logits);
+    void        fill_with_possible(const float * logits);
 
-    const std::shared_ptr<Model>  model;
-    sampler_ptr                   chain;
-    sampler_ptr                   grammar; // NULL: none
+    const std::shared_ptr<Model> model;
+    const sampler_options        options;
+    sampler_ptr                  chain;
+    sampler_ptr                  grammar; // NULL: none
+
+    std::mutex                    mutex; // of all below, and of the samplers; taken without the GIL
     std::vector<llama_token_data> candidates;
+
+    // what the penalties count
+    std::deque<llama_token>                  recent;
+    std::unordered_map<llama_token, int32_t> n_recent;
 };
 
 } // namespace lminf_python

@@ -31,7 +31,10 @@ def with_largest_window(
     batch, ubatch = batch_sizes(None, n_ubatch)
     model = _core.Model(str(check_gguf_file(model_path)), use_mmap=False, no_alloc=True)
 
-    def n_bytes(n_window: int) -> int:
+    in_memory = config.middle is not None and config.middle.path is None
+
+    def sizes(n_window: int) -> tuple[int, int]:
+        """Of the cache, and of a full store of middle tokens in memory."""
         context = _core.Context(
             model,
             lminf=to_params(_with_window(config, n_window), 0),
@@ -40,11 +43,11 @@ def with_largest_window(
             cache_type_k=cache_type,
             cache_type_v=cache_type,
         )
-        return context.stats().n_bytes
+        return context.stats().n_bytes, context.middle_stats().n_bytes_full if in_memory else 0
 
     def fits(n_window: int) -> bool:
         try:
-            return n_bytes(n_window) <= kv_bytes
+            return sum(sizes(n_window)) <= kv_bytes
         except ConfigError:  # too large for the model, or for the other parameters
             return False
 
@@ -58,8 +61,11 @@ def with_largest_window(
     for n_window in range(regular - 1, smallest - 1, -1):
         if fits(n_window):
             return _with_window(config, n_window)
-    needed = min(map(n_bytes, range(smallest, regular + 1)))
-    raise ConfigError(f"kv_bytes = {kv_bytes:,}: even the smallest cache needs {needed:,} bytes with this model")
+    cache, store = min(map(sizes, range(smallest, regular + 1)), key=sum)
+    advice = f", {store:,} of them the store of middle tokens (a file or fewer max_tokens would help)" if store else ""
+    raise ConfigError(
+        f"kv_bytes = {kv_bytes:,}: even the smallest cache needs {cache + store:,} bytes with this model{advice}"
+    )
 
 
 def _with_window(config: LMInfConfig, n_window: int) -> LMInfConfig:

@@ -211,7 +211,7 @@ class _CompletionShape(_Shape):
         echo = check_bool("echo", _given(params, "echo", False))
         if echo and self._n_top is not None:
             raise ConfigError("echo and logprobs: Llama.logprobs gives the probabilities of a prompt's tokens")
-        options = text_options(params, max_tokens=N_TOKENS_COMPLETION, n_top_logprobs=self._n_top or 0, check=check)
+        options = text_options(params, max_tokens=N_TOKENS_COMPLETION, n_top_logprobs=self._n_top, check=check)
         tokens = _prompt_tokens(model, prompt)
         pieces = model._write(tokens, options, n_question=n_question_tokens(model, prompt, len(tokens)))
         super().__init__(model, Writing(pieces=pieces, n_prompt=len(tokens)), params, "cmpl")
@@ -268,10 +268,11 @@ class _ChatShape(_Shape):
         check: Check | None,
     ) -> None:
         self._with_logprobs = check_bool("logprobs", _given(params, "logprobs", False))
-        n_top = _n_top_logprobs("top_logprobs", params.get("top_logprobs")) or 0
+        n_top = _n_top_logprobs("top_logprobs", params.get("top_logprobs"))
         if n_top and not self._with_logprobs:
             raise ConfigError("top_logprobs: needs logprobs=True")
-        options = text_options(params, max_tokens=N_TOKENS_CHAT, n_top_logprobs=n_top, check=check)
+        n_asked = n_top or 0 if self._with_logprobs else None
+        options = text_options(params, max_tokens=N_TOKENS_CHAT, n_top_logprobs=n_asked, check=check)
         super().__init__(model, start(options), params, "chatcmpl")
 
     def chunks(self) -> Iterator[ChatCompletionChunk]:

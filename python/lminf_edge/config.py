@@ -68,7 +68,8 @@ class LMInfConfig:
         """The configuration with the largest window whose cache fits a number of bytes.
 
         The bytes are those of `MemoryStats.kv_bytes`: keys, values and sink token originals of all layers, rollback
-        slack and micro-batch included. The model itself and its compute buffers come on top.
+        slack and micro-batch included; and with middle tokens in memory those of their store once it is full. The
+        model itself and its compute buffers come on top.
 
         Args:
             model_path: A GGUF file. Its weights are not read.

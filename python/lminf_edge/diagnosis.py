@@ -15,11 +15,13 @@ import numpy as np
 import numpy.typing as npt
 
 from lminf_edge._library import _core, lib_path
+from lminf_edge._params import batch_sizes, to_params
 from lminf_edge.config import LMInfConfig
-from lminf_edge.errors import LMInfError
+from lminf_edge.errors import ConfigError, LMInfError, UnsupportedModelError
 from lminf_edge.llama import Llama
+from lminf_edge.middle import MiddleConfig
 from lminf_edge.models import cache_path, cached_default_model
-from lminf_edge.system import default_n_threads
+from lminf_edge.system import default_n_threads, human_bytes
 
 _CONFIG = LMInfConfig(n_sink=4, n_window=48, n_block=16)
 _N_TOKENS = 120
@@ -118,6 +120,7 @@ def self_test(model_path: Path, text: str, n_threads: int | None = None) -> Iter
     test = _SelfTest(model_path, text, n_threads)
     for name, check in (
         ("The model loads", test.load),
+        ("Its cache fits into memory", test.count_memory),
         ("Within the window it computes what llama.cpp computes", test.compare_with_full_attention),
         ("Beyond the window, pieces of any size give the same", test.compare_pieces),
         ("Memory is constant", test.compare_memory),
@@ -136,6 +139,7 @@ class _SelfTest:
     """Each method returns whether it passed, and the figures."""
 
     def __init__(self, model_path: Path, text: str, n_threads: int | None) -> None:
+        self._path = model_path
         self._open: Callable[..., Llama] = lambda **options: Llama(model_path, n_threads=n_threads, **options)
         self._text = text
         self._tokens: list[int] = []
@@ -145,6 +149,17 @@ class _SelfTest:
         self._tokens = self._llm.tokenize(self._text)[:_N_TOKENS]
         self._kv_bytes = self._llm.memory_stats().kv_bytes
         return len(self._tokens) == _N_TOKENS, self._llm.description
+
+    def count_memory(self) -> tuple[bool, str]:
+        available = _core.available_memory()
+        cache, store = _default_sizes(self._path)
+        detail = f"{human_bytes(cache)} with the defaults"
+        if store is not None:
+            where = "" if available is None or store <= available else ", which does not fit: only in a file"
+            detail += f"; a store of {MiddleConfig().max_tokens:,} middle tokens would take {human_bytes(store)}{where}"
+        if available is not None:
+            detail += f"; {human_bytes(available)} are available"
+        return available is None or cache <= available, detail
 
     def compare_with_full_attention(self) -> tuple[bool, str]:
         assert _CONFIG.n_window is not None
@@ -168,6 +183,21 @@ class _SelfTest:
         steps = list(self._llm.generate(max_tokens=16, temperature=0.0, stop_at_end=False))
         self._llm.close()
         return len(steps) == 16, f"{steps[-1].tokens_per_second:.1f} tokens/s"
+
+
+def _default_sizes(model_path: Path) -> tuple[int, int | None]:
+    """Bytes of the cache and of a store of middle tokens, None where there can be none. Nothing is allocated."""
+    model = _core.Model(str(model_path), use_mmap=False, no_alloc=True)
+    batch, ubatch = batch_sizes(None, None)
+
+    def context(config: LMInfConfig) -> _core.Context:
+        return _core.Context(model, lminf=to_params(config, 0), n_batch=batch, n_ubatch=ubatch)
+
+    cache = context(LMInfConfig()).stats().n_bytes
+    try:
+        return cache, context(LMInfConfig(middle=MiddleConfig())).middle_stats().n_bytes_full
+    except (ConfigError, UnsupportedModelError):
+        return cache, None
 
 
 def _agree(values: npt.NDArray[np.float32], expected: npt.NDArray[np.float32]) -> tuple[bool, str]:

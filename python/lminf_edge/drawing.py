@@ -23,7 +23,8 @@ class DrawOptions:
     Attributes:
         max_tokens: Tokens to draw; -1 means without end.
         stop_at_end: Stop at an end-of-generation token.
-        n_top_logprobs: How many of the most probable tokens to look up at each step.
+        n_top_logprobs: How many of the most probable tokens to look up at each step. None: no probability is computed,
+            not even that of the drawn token.
         check: Called between tokens, and about every 50 ms while the prompt is read; what it raises ends the drawing.
         fresh: The prompt replaces the sequence instead of being appended to it.
         before_append: Called before a drawn token is appended, while nobody else can change the sequence.
@@ -35,7 +36,7 @@ class DrawOptions:
 
     max_tokens: int
     stop_at_end: bool = True
-    n_top_logprobs: int = 0
+    n_top_logprobs: int | None = None
     check: Callable[[], object] | None = None
     fresh: bool = False
     before_append: Callable[[], object] | None = None

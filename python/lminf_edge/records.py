@@ -32,6 +32,7 @@ class GenerationStep:
         text: The text that has become complete with this token. A character that several tokens spell arrives with
             the last of them; what is still incomplete at the end arrives as U+FFFD with the last step.
         logprob: Natural-log probability of the token by the model alone, before penalties, temperature and truncation.
+            NaN in a `TextPiece` of a text for which nobody asked for probabilities.
         n_past: Position of the next token: the tokens that the sequence has seen, this one included unless it ended
             the text.
         tokens_per_second: Mean speed since the prompt was read.

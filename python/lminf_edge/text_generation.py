@@ -28,7 +28,8 @@ class TextOptions:
         seed: Makes the text repeatable. None: the next one from the seed that the `Llama` was made with.
         stop: Strings that end the text and are not part of it.
         stop_on_loop: End a text that repeats itself word for word.
-        n_top_logprobs: How many of the most probable tokens are looked up for each drawn one.
+        n_top_logprobs: How many of the most probable tokens are looked up for each drawn one. None: no probability is
+            computed.
         check: Called between tokens, and about every 50 ms while a prompt is read; what it raises ends the text.
         recall: Which tokens look up middle tokens. None: the question and the text, if any are stored.
         n_recalled: How many of the tokens that were looked up are told with each drawn one.
@@ -43,7 +44,7 @@ class TextOptions:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     stop_on_loop: bool = False
-    n_top_logprobs: int = 0
+    n_top_logprobs: int | None = None
     check: Callable[[], object] | None = None
     recall: RecallScope | None = None
     n_recalled: int = 0
@@ -63,7 +64,7 @@ def text_options(
     params: Mapping[str, Any],
     *,
     max_tokens: int,
-    n_top_logprobs: int = 0,
+    n_top_logprobs: int | None = None,
     check: Callable[[], object] | None = None,
 ) -> TextOptions:
     """The options of a text from a caller's keywords.

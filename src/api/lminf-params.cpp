@@ -1,5 +1,7 @@
 #include "lminf-params.h"
 
+#include "lminf-policy.h"
+
 #include "llama-model.h"
 
 #include <algorithm>
@@ -140,6 +142,24 @@ static lminf_status resolve_middle(const llama_model & model, const lminf_params
     return LMINF_STATUS_OK;
 }
 
+// llama.cpp counts cells in 32 bits
+static lminf_status check_cells(const llama_model & model, uint32_t n_ubatch, const lminf_params & p) {
+    lminf_policy policy;
+    policy.n_sink     = p.n_sink;
+    policy.n_window   = p.n_window;
+    policy.n_clamp    = p.n_clamp;
+    policy.n_block    = p.n_block;
+    policy.n_rollback = p.n_rollback;
+    policy.n_ubatch   = n_ubatch;
+    policy.alibi      = model.hparams.use_alibi;
+    if (policy.n_cells() > (int64_t) UINT32_MAX) {
+        return lminf_fail(LMINF_STATUS_CONFIG, "n_sink = " + std::to_string(p.n_sink) + ", n_block = " + std::to_string(p.n_block) +
+                ", n_ubatch = " + std::to_string(n_ubatch) + ": a sequence would have " + std::to_string(policy.n_cells()) +
+                " cells, and can have at most 2^32 - 1");
+    }
+    return LMINF_STATUS_OK;
+}
+
 // Sink tokens above this number are placed once in a micro-batch at most, so that one spare copy of them is enough.
 static constexpr uint32_t N_SINK_FEW = 64;
 
@@ -188,8 +208,10 @@ lminf_status lminf_resolve_params(
         return lminf_fail(LMINF_STATUS_CONFIG, "with sink_order kept, n_sink + n_window = " + str((uint64_t) p.n_sink + p.n_window) +
                 " must be at most n_clamp + 1 = " + str((uint64_t) p.n_clamp + 1));
     }
-    const lminf_status status = resolve_middle(model, p, p.middle);
-
+    lminf_status status = check_cells(model, n_ubatch, p);
+    if (status == LMINF_STATUS_OK) {
+        status = resolve_middle(model, p, p.middle);
+    }
     return status == LMINF_STATUS_OK ? lminf_succeed() : status;
 }
 

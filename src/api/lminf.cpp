@@ -1,14 +1,20 @@
 #include "lminf.h"
 
 #include "lminf-attention-op.h"
+#include "lminf-build-id.h"
 #include "lminf-env.h"
 #include "lminf-hooks.h"
 #include "lminf-memory.h"
 #include "lminf-middle.h"
 #include "lminf-params.h"
+#include "lminf-room.h"
+#include "lminf-test.h"
 
 #include "llama-context.h"
 #include "llama-impl.h"
+#include "llama-kv-cache-iswa.h"
+#include "llama-memory-hybrid-iswa.h"
+#include "llama-memory-hybrid.h"
 #include "llama-model.h"
 
 #include <algorithm>
@@ -17,10 +23,6 @@
 #include <stdexcept>
 #include <string>
 #include <vector>
-
-#ifndef LMINF_PATCH_ID
-#error "LMINF_PATCH_ID is the hash of source and patch; the build sets it"
-#endif
 
 // what the last call on this thread said
 static thread_local lminf_status last_status = LMINF_STATUS_OK;
@@ -31,6 +33,7 @@ struct lminf_request {
     bool by_caller = false;
 
     std::optional<lminf_params> params; // none: a context without LM-Infinite
+    std::string                 path;   // of the store; the caller's may be gone when a context is made
 };
 static thread_local lminf_request request;
 
@@ -49,8 +52,25 @@ lminf_status lminf_succeed() {
 // context
 //
 
+// the part of a memory that is not recurrent
+static llama_memory_i * get_attention(llama_memory_i * memory) {
+    if (auto * hybrid = dynamic_cast<llama_memory_hybrid *>(memory)) {
+        return hybrid->get_mem_attn();
+    }
+    if (auto * hybrid_iswa = dynamic_cast<llama_memory_hybrid_iswa *>(memory)) {
+        return hybrid_iswa->get_mem_attn();
+    }
+    return memory;
+}
+
 void lminf_use_params(const struct lminf_params * params) {
-    request = { /*.by_caller =*/ true, params ? std::optional(*params) : std::nullopt };
+    request = {};
+    request.by_caller = true;
+    if (params) {
+        request.params = *params;
+        request.path   = params->middle.path ? params->middle.path : "";
+        request.params->middle.path = nullptr;
+    }
     lminf_succeed();
 }
 
@@ -83,6 +103,9 @@ llama_memory_i * lminf_create_memory(
     }
 
     auto & p = *asked;
+    if (request.by_caller && !request.path.empty()) {
+        p.middle.path = request.path.c_str();
+    }
     if (lminf_resolve_params(model, params.ctx_type, cparams.n_seq_max, cparams.n_ubatch, p) != LMINF_STATUS_OK ||
             check_context(model, params, cparams) != LMINF_STATUS_OK) {
         throw std::runtime_error(last_error);
@@ -101,9 +124,12 @@ llama_memory_i * lminf_create_memory(
     LLAMA_LOG_INFO("%s: attention: %s\n", __func__, group->has_own_attention() ? "lminf" : ("llama.cpp's (" + group->why_stock + ")").c_str());
 
     std::unique_ptr<llama_memory_i> memory;
-    {
+    try {
         const lminf_cache_group_scope scope(group);
         memory.reset(model.create_memory(params, cparams));
+    } catch (const lminf_no_room & error) {
+        lminf_fail(LMINF_STATUS_CONFIG, std::string("middle tokens: ") + error.what());
+        throw std::runtime_error(last_error);
     }
     if (group->caches.empty()) {
         lminf_fail_unsupported(model, "it has a memory of its own kind");
@@ -145,16 +171,14 @@ struct llama_context * lminf_init_from_model(
     llama_context * ctx = llama_init_from_model(model, cparams);
     request = before;
 
-    const auto * memory = lminf_memory::of(ctx);
-    if (memory && memory->get_cache().get_middle() && !memory->get_cache().get_middle()->is_hooked()) {
-        lminf_fail_middle(*model, "its attention is built in a way of its own");
-        llama_free(ctx);
-        return nullptr;
-    }
     if (!ctx && last_status == LMINF_STATUS_OK) {
         lminf_fail(LMINF_STATUS_CONTEXT, "llama.cpp could not create the context; its log says why");
     }
     return ctx;
+}
+
+uint64_t lminf_available_memory(void) {
+    return lminf_room_in_memory();
 }
 
 enum lminf_status lminf_last_status(void) {
@@ -218,6 +242,9 @@ bool lminf_get_middle_stats(const struct llama_context * ctx, llama_seq_id seq_i
     }
     const auto * middle = get_middle(ctx);
     *stats = middle ? middle->stats(lminf_memory::of(ctx)->get_cache().sequence(seq_id)) : lminf_middle_stats{};
+    if (const auto * memory = lminf_memory::of(ctx)) {
+        stats->n_bytes_full = (int64_t) memory->get_group().store_size;
+    }
     return true;
 }
 
@@ -240,6 +267,36 @@ int32_t lminf_get_recall(
         dst[i] = { found[i].pos, found[i].weight };
     }
     return (int32_t) found.size();
+}
+
+// llama.cpp's shift takes quantised keys for rotated by a Hadamard matrix, whole heads of them.
+static bool can_shift(const llama_kv_cache & kv, const llama_hparams & hparams) {
+    if (!ggml_is_quantized(kv.type_k())) {
+        return true;
+    }
+    for (uint32_t il = 0; il < hparams.n_layer(); ++il) {
+        if (hparams.has_kv(il) && hparams.has_rope(il) && hparams.n_rot(il) != hparams.n_embd_head_k(il)) {
+            return false;
+        }
+    }
+    const ggml_init_params params = { /*.mem_size =*/ ggml_tensor_overhead(), /*.mem_buffer =*/ nullptr, /*.no_alloc =*/ true };
+    const ggml_context_ptr ctx { ggml_init(params) };
+    return kv.build_input_k_rot(ctx.get()) != nullptr;
+}
+
+bool lminf_can_shift(const struct llama_context * ctx) {
+    llama_memory_i * memory = ctx ? llama_get_memory(ctx) : nullptr;
+    if (!memory || !memory->get_can_shift()) {
+        return false;
+    }
+    memory = get_attention(memory);
+
+    const auto & hparams = ctx->get_model().hparams;
+    if (const auto * iswa = dynamic_cast<llama_kv_cache_iswa *>(memory)) {
+        return can_shift(*iswa->get_base(), hparams) && can_shift(*iswa->get_swa(), hparams);
+    }
+    const auto * kv = dynamic_cast<llama_kv_cache *>(memory);
+    return !kv || can_shift(*kv, hparams);
 }
 
 int64_t lminf_n_past(const struct llama_context * ctx, llama_seq_id seq_id) {
@@ -339,6 +396,10 @@ int32_t lminf_decode(
 
 const char * lminf_patch_id(void) {
     return LMINF_PATCH_ID;
+}
+
+const char * lminf_abi_id(void) {
+    return LMINF_ABI_ID;
 }
 
 //

@@ -82,6 +82,7 @@ struct lminf_middle_stats {
     int64_t n_retrievable; // those of them that the next query could recall: it does not see them
     int64_t n_bytes;       // that the stored tokens take
     int64_t n_bytes_token; // of one token
+    int64_t n_bytes_full;  // of the store of all sequences once it is full, in memory or in its file
     double  scan_seconds;  // spent on looking through stored keys, all sequences together
 };
 
@@ -110,6 +111,10 @@ LLAMA_API void lminf_use_params(const struct lminf_params * params);
 // LMINF_N_BLOCK, LMINF_N_ROLLBACK, LMINF_N_REBASE (numbers as in lminf_params) and LMINF_SINK_ORDER (clamped, kept) is set.
 LLAMA_API void lminf_use_environment(void);
 
+// Bytes of memory that the process can still take: what a store in memory has to fit into. Limits of control groups count (Linux).
+// UINT64_MAX if the system does not say.
+LLAMA_API uint64_t lminf_available_memory(void);
+
 LLAMA_API enum lminf_status lminf_last_status(void);
 LLAMA_API const char *      lminf_last_error (void); // "" after success
 
@@ -130,6 +135,10 @@ LLAMA_API bool lminf_set_recall(struct llama_context * ctx, enum lminf_recall_mo
 LLAMA_API int32_t lminf_get_recall(
         const struct llama_context * ctx, llama_seq_id seq_id, struct lminf_recalled_token * dst, int32_t n_max);
 
+// Whether llama_memory_seq_add() turns the keys of this context right. llama_memory_can_shift() also says so of caches of quantised
+// keys that llama.cpp then rotates with a matrix that is not there or does not fit. false with LM-Infinite, which does it by itself.
+LLAMA_API bool lminf_can_shift(const struct llama_context * ctx);
+
 // Logical position of the sequence's next token, for contexts with and without LM-Infinite.
 LLAMA_API int64_t lminf_n_past(const struct llama_context * ctx, llama_seq_id seq_id);
 
@@ -149,33 +158,12 @@ LLAMA_API bool lminf_seq_cp(struct llama_context * ctx, llama_seq_id src, llama_
 LLAMA_API int32_t lminf_decode(
         struct llama_context * ctx, llama_seq_id seq_id, const llama_token * tokens, int32_t n_tokens, const int8_t * output);
 
-// Whether llama_sampler_init_grammar() can be given this GBNF text; if not, why (cut off at size bytes). The sampler would
-// print to standard error instead, and some left-recursive rules would let it use memory without end.
-LLAMA_API bool lminf_check_grammar(
-        const struct llama_model * model, const char * grammar, const char * root, char * reason, size_t size);
-
 // SHA-256 (hex) of the llama.cpp source and the patch that this library was built from.
 LLAMA_API const char * lminf_patch_id(void);
 
-//
-// Test hooks: they look at, or set, what a caller never needs to know.
-//
-
-// The sequence keeps its sink tokens, forgets its window and goes on at logical position pos >= n_past.
-LLAMA_API bool lminf_test_set_position(struct llama_context * ctx, llama_seq_id seq_id, int64_t pos);
-
-// Copies the cache row of the key at logical position pos in layer il. Returns the row's bytes; 0 if the key is not stored.
-LLAMA_API size_t lminf_test_get_key(
-        const struct llama_context * ctx, llama_seq_id seq_id, int32_t il, int64_t pos, void * dst, size_t size);
-
-// Copies the un-rotated F32 original of sink token j in layer il. Returns its bytes; 0 if there is none.
-LLAMA_API size_t lminf_test_get_sink_original(
-        const struct llama_context * ctx, llama_seq_id seq_id, int32_t il, uint32_t j, void * dst, size_t size);
-
-// With candidates: whether all keys are scored as well, so that the next function can say how many of the recalled keys, over all
-// layers and heads, had been among the candidates. false if the context has none.
-LLAMA_API bool lminf_test_check_candidates(struct llama_context * ctx, bool check);
-LLAMA_API bool lminf_test_get_candidates(const struct llama_context * ctx, int64_t * n_recalled, int64_t * n_found);
+// The same of all that decides whether a program and this library fit together: llama.cpp, the patch and every source of the engine.
+// Who was compiled with another one may see other structs here.
+LLAMA_API const char * lminf_abi_id(void);
 
 #ifdef __cplusplus
 }

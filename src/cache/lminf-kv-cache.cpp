@@ -173,11 +173,6 @@ llama_kv_cache::slot_info_vec_t lminf_kv_cache::prepare(const std::vector<llama_
         return {};
     }
 
-    if (middle && !middle->is_hooked()) {
-        LLAMA_LOG_ERROR("%s: middle tokens cannot be recalled by this model: its attention is built in a way of its own\n", __func__);
-        return {};
-    }
-
     slot_info_vec_t res;
 
     // the batch is tried on copies: it is stored micro-batch by micro-batch, in apply_ubatch()

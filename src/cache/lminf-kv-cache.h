@@ -44,6 +44,8 @@ struct lminf_cache_group {
 
     std::vector<lminf_kv_cache *> caches; // in the order in which llama.cpp made them: that of the full-attention layers first
 
+    uint64_t store_size = 0; // of middle tokens, when it is full; also in a context without memory, which has no store
+
     // Of each sequence: a computation that changes keys in place failed halfway. It takes no more tokens until it is empty again.
     std::vector<bool> damaged;
 };

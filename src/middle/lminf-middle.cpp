@@ -39,7 +39,7 @@ static void check_devices(const llama_model & model, const lminf_layers & layers
 }
 
 std::unique_ptr<lminf_middle> lminf_middle::make(
-        const llama_model & model, const lminf_policy & policy, lminf_layers & layers, const lminf_cache_group & group,
+        const llama_model & model, const lminf_policy & policy, lminf_layers & layers, lminf_cache_group & group,
         const lminf_attention_op * attention) {
     const auto & hparams = model.hparams;
     const auto & params  = group.params.middle;
@@ -50,10 +50,6 @@ std::unique_ptr<lminf_middle> lminf_middle::make(
     if (!attention) {
         lminf_refuse_middle(model, "they are looked up by attention of our own, which this context has not: " + group.why_stock);
     }
-    if (hparams.no_alloc) {
-        return nullptr;
-    }
-
     std::vector<int32_t>                  store_layers(layers.all.size(), -1);
     std::vector<lminf_store::layer_shape> shapes;
     std::vector<int64_t>                  n_heads;
@@ -69,6 +65,10 @@ std::unique_ptr<lminf_middle> lminf_middle::make(
     }
     if (shapes.empty()) {
         lminf_refuse_middle(model, "none of the layers that are to recall has full attention");
+    }
+    group.store_size += lminf_store::full_size(shapes, (ggml_type) params.cache_type, policy.n_slots(), layers.n_stream);
+    if (hparams.no_alloc) {
+        return nullptr;
     }
     return std::unique_ptr<lminf_middle>(
             new lminf_middle(model, policy, layers, group, *attention, std::move(store_layers), std::move(shapes), std::move(n_heads)));
@@ -137,6 +137,10 @@ void lminf_middle::begin(const std::vector<lminf_attention_op::part> & parts, lm
 //
 
 void lminf_middle::build_inputs(ggml_context * ctx, int64_t n_tokens) const {
+    // a context is made with several graphs, so the first one's layers are known before a token is decoded
+    if (neg_pos && !is_hooked()) {
+        lminf_refuse_middle(model, "its attention is built in a way of its own");
+    }
     neg_pos = layers.new_positions(ctx, n_tokens);
     q_shift = layers.new_positions(ctx, n_tokens);
     ggml_set_name(neg_pos, "lminf_inp_neg_pos");

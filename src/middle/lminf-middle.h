@@ -32,13 +32,10 @@ class lminf_middle {
 public:
     // NULL if the cache stores none. Throws std::runtime_error, with the reason, if it is to and cannot.
     static std::unique_ptr<lminf_middle> make(
-            const llama_model & model, const lminf_policy & policy, lminf_layers & layers, const lminf_cache_group & group,
+            const llama_model & model, const lminf_policy & policy, lminf_layers & layers, lminf_cache_group & group,
             const lminf_attention_op * attention);
 
     const lminf_store & get_store() const { return store; }
-
-    // the model's graph asks for the attention of each layer that is to recall; known once a graph was built
-    bool is_hooked() const;
 
     //
     // a micro-batch
@@ -122,6 +119,8 @@ private:
     mutable std::vector<ggml_tensor *> stored_v;
     mutable std::vector<bool>          hooked;   // build_attn() was called
     mutable std::vector<lminf_rope>    q_ropes;
+
+    bool is_hooked() const; // the first graph has asked for the attention of each layer that is to recall
 
     // the rows that a sequence has in the store: first slot, number
     std::pair<int64_t, int64_t> rows(const lminf_sequence & seq) const;

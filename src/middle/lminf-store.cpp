@@ -1,8 +1,11 @@
 #include "lminf-store.h"
 
+#include "lminf-room.h"
+
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <limits>
 #include <random>
 #include <stdexcept>
 #include <utility>
@@ -28,7 +31,7 @@ static constexpr int64_t N_RESERVE = 4096;
 static constexpr uint64_t FILE_MAGIC   = 0x31444c444d464e4c; // "LNFMDLD1"
 static constexpr size_t   HEADER_SIZE  = 65536;
 
-static size_t align_up(size_t n) {
+static uint64_t align_up(uint64_t n) {
     return (n + N_ALIGN - 1)/N_ALIGN*N_ALIGN;
 }
 
@@ -147,7 +150,8 @@ private:
         }
         struct stat st = {};
         std::string reason;
-        if (flock(fd, LOCK_EX | LOCK_NB) != 0) {
+        locked_by = flock(fd, LOCK_EX | LOCK_NB) == 0 ? getpid() : 0;
+        if (locked_by == 0) {
             reason = "the store " + path + " is in use by another context";
         } else if (fstat(fd, &st) != 0 || !S_ISREG(st.st_mode)) {
             reason = path + " is not a regular file";
@@ -183,15 +187,23 @@ private:
 #endif
     }
 
+    // A forked child inherits the descriptor, and while one is open the file stays locked. So who has locked it unlocks it, and
+    // nobody else: a child that lets go of the store takes nothing from its parent. (Locks of fcntl() are not inherited, but do
+    // not keep two contexts of one process apart, and end when either closes the file.)
     void close_file() {
-        if (fd >= 0) {
-            close(fd);
-            fd = -1;
+        if (fd < 0) {
+            return;
         }
+        if (locked_by == getpid()) {
+            flock(fd, LOCK_UN);
+        }
+        close(fd);
+        fd = -1;
     }
 
     size_t size;
-    int    fd = -1;
+    int    fd        = -1;
+    pid_t  locked_by = 0;
 };
 
 #endif
@@ -200,8 +212,7 @@ private:
 // the store
 //
 
-lminf_store::lminf_store(
-        std::vector<layer_shape> layers, ggml_type type, int64_t n_slots, int64_t n_seqs, const std::string & path) :
+lminf_store::lminf_store(std::vector<layer_shape> layers, ggml_type type, int64_t n_slots, const std::string & path) :
     type(type), n_slots(n_slots), layers(std::move(layers)), path(path) {
     for (size_t il = 0; il < this->layers.size(); ++il) {
         layer_offsets.push_back(n_bytes_seq);
@@ -209,7 +220,14 @@ lminf_store::lminf_store(
         n_bytes_slot += this->layers[il].n_head*row_size(il);
     }
 
-    map  = std::make_unique<mapping>(HEADER_SIZE + n_seqs*n_bytes_seq, path);
+}
+
+lminf_store::lminf_store(
+        std::vector<layer_shape> layers, ggml_type type, int64_t n_slots, int64_t n_seqs, const std::string & path) :
+    lminf_store(std::move(layers), type, n_slots, path) {
+    check_room(full_size(n_seqs));
+
+    map  = std::make_unique<mapping>((size_t) full_size(n_seqs), path);
     data = map->addr + HEADER_SIZE;
     n_reserved .resize(n_seqs);
     means_found.resize(n_seqs);
@@ -235,8 +253,33 @@ lminf_store::lminf_store(
 
 lminf_store::~lminf_store() = default;
 
-size_t lminf_store::head_size(size_t layer) const {
-    return align_up(sketches_size(layer) + n_slots*(k_row_size(layer) + v_row_size(layer)));
+uint64_t lminf_store::head_size(size_t layer) const {
+    return align_up(sketches_size(layer) + (uint64_t) n_slots*(k_row_size(layer) + v_row_size(layer)));
+}
+
+uint64_t lminf_store::full_size(int64_t n_seqs) const {
+    return HEADER_SIZE + (uint64_t) n_seqs*n_bytes_seq;
+}
+
+uint64_t lminf_store::full_size(std::vector<layer_shape> layers, ggml_type type, int64_t n_slots, int64_t n_seqs) {
+    return lminf_store(std::move(layers), type, n_slots, "").full_size(n_seqs);
+}
+
+// An address space that is too small is too small for a file, too: it is mapped.
+void lminf_store::check_room(uint64_t size) const {
+    const uint64_t limit = (uint64_t) std::numeric_limits<ptrdiff_t>::max();
+    const uint64_t room  = is_file() ? lminf_room_on_disk(path) : lminf_room_in_memory();
+    const uint64_t taken = is_file() ? lminf_disk_usage(path) : 0;
+    if (size <= limit && size - std::min(size, taken) <= room) {
+        return;
+    }
+    const std::string needs = "a store of middle tokens needs " + std::to_string(size) + " bytes";
+    if (size > limit) {
+        throw lminf_no_room(needs + ", more than a process can have: store fewer tokens (max_tokens) or a smaller type (cache_type)");
+    }
+    throw lminf_no_room(needs + (is_file() ? " of the disk of " + path : " of memory") + ", and " + std::to_string(room) +
+            " are available: " + (is_file() ? "" : "keep it in a file (path), ") +
+            "store fewer tokens (max_tokens) or a smaller type (cache_type)");
 }
 
 // what a file says of itself: magic, id, shapes

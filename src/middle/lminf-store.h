@@ -13,9 +13,16 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
+
+// A store would not fit into memory, or on the disk. what() says how much it needs, how much there is, and what to do.
+class lminf_no_room : public std::runtime_error {
+public:
+    using std::runtime_error::runtime_error;
+};
 
 class lminf_store {
 public:
@@ -27,12 +34,16 @@ public:
     };
 
     // With a path, the file is created, or opened if an equal store made it. Throws std::runtime_error with the reason if that is
-    // impossible, if another context has it open, or if the file is something else: nothing is overwritten then.
+    // impossible, if another context has it open, or if the file is something else: nothing is overwritten then. Throws
+    // lminf_no_room if not all rows would have room, though they take it one by one.
     lminf_store(std::vector<layer_shape> layers, ggml_type type, int64_t n_slots, int64_t n_seqs, const std::string & path);
     ~lminf_store();
 
     lminf_store(const lminf_store &) = delete;
     lminf_store & operator=(const lminf_store &) = delete;
+
+    // bytes of such a store when all of its rows are written
+    static uint64_t full_size(std::vector<layer_shape> layers, ggml_type type, int64_t n_slots, int64_t n_seqs);
 
     const ggml_type type;
     const int64_t   n_slots;
@@ -125,15 +136,22 @@ public:
     void sync() const;
 
 private:
-    struct header;
     class mapping; // lminf-store.cpp: POSIX or Windows
+
+    // where everything lies, but nothing to hold it
+    lminf_store(std::vector<layer_shape> layers, ggml_type type, int64_t n_slots, const std::string & path);
+
+    uint64_t full_size(int64_t n_seqs) const;
+
+    void check_room(uint64_t size) const;
 
     const std::vector<layer_shape> layers;
     const std::string              path;
 
-    std::vector<size_t> layer_offsets; // of head 0, from the beginning of a sequence
-    size_t              n_bytes_seq  = 0;
-    size_t              n_bytes_slot = 0;
+    // 64 bits wide also where memory has less: it is refused only once it is counted
+    std::vector<uint64_t> layer_offsets; // of head 0, from the beginning of a sequence
+    uint64_t              n_bytes_seq  = 0;
+    size_t                n_bytes_slot = 0;
 
     std::unique_ptr<mapping> map;
     uint8_t *                data = nullptr; // of sequence 0
@@ -141,7 +159,7 @@ private:
     std::vector<int64_t> n_reserved;  // [seq] slots that the disk has room for
     std::vector<bool>    means_found; // [seq]
 
-    static size_t align_words(size_t n) { return (n + sizeof(uint64_t) - 1)/sizeof(uint64_t)*sizeof(uint64_t); }
+    static uint64_t align_words(uint64_t n) { return (n + sizeof(uint64_t) - 1)/sizeof(uint64_t)*sizeof(uint64_t); }
 
     size_t head_offset(int64_t seq, size_t layer, int64_t head) const {
         return seq*n_bytes_seq + layer_offsets[layer] + head*head_size(layer);
@@ -150,9 +168,9 @@ private:
     size_t sketch_size(size_t layer) const {
         return n_words(layer) > 0 ? n_words(layer)*sizeof(uint64_t) + sizeof(ggml_fp16_t) : 0;
     }
-    size_t sketches_size(size_t layer) const { return mean_size(layer) + align_words(n_slots*sketch_size(layer)); }
+    uint64_t sketches_size(size_t layer) const { return mean_size(layer) + align_words((uint64_t) n_slots*sketch_size(layer)); }
     size_t row_size(size_t layer) const { return sketch_size(layer) + k_row_size(layer) + v_row_size(layer); }
-    size_t head_size(size_t layer) const;
+    uint64_t head_size(size_t layer) const;
 
     std::vector<uint8_t> make_header(uint64_t id) const;
 };

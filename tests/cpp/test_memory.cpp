@@ -1,6 +1,7 @@
 // The memory through llama.h and lminf.h on a tiny model: micro-batches, sequences, removal, aborts, rebase, refusals.
 
 #include "check.h"
+#include "lminf-test.h"
 #include "lminf.h"
 #include "tiny_model.h"
 

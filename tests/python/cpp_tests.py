@@ -3,6 +3,7 @@
 import functools
 from pathlib import Path
 
+import build_id
 import get_llama_cpp
 from lminf_edge import lib_path
 from lminf_edge._library import _core
@@ -19,10 +20,10 @@ def cpp_test(name: str) -> Path:
     extracted and patched anew, which takes seconds; llama.cpp is not compiled.
 
     Raises:
-        RuntimeError: The build failed, or the installed package was built from another llama.cpp or another patch.
+        RuntimeError: The build failed, or the installed package was built from other sources than the tests'.
     """
     lock, patch = get_llama_cpp.Lock.load(get_llama_cpp.LOCK_PATH), get_llama_cpp.PATCH_PATH.read_bytes()
-    if get_llama_cpp.patch_id(lock, patch) != _core.patch_id():
+    if build_id.abi_id(get_llama_cpp.patch_id(lock, patch), build_id.SOURCE_PATH) != _core.abi_id():
         raise RuntimeError("the installed lminf_edge is not built from this checkout: run `pip install .` again")
     source = get_llama_cpp.prepare(FOLDER, lock, patch)
     run(

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lminf_edge import ConfigError, Llama, LMInfConfig, ModelLoadError
+from lminf_edge import ConfigError, Llama, LMInfConfig, MiddleConfig, ModelLoadError
 from tiny_families import SLIDING_AND_FULL
 from tiny_models import TinyModel, write_tiny_model
 
@@ -61,6 +61,27 @@ def test_kept_order_and_blocks(default_model: Path) -> None:
     assert kv_bytes(default_model, config, "f16") <= 40_000_000
     larger = replace(config, n_window=config.n_window + 1, n_clamp=config.n_clamp + 1)
     assert kv_bytes(default_model, larger, "f16") > 40_000_000
+
+
+@pytest.mark.parametrize("n_candidates", [None, 8])
+def test_a_store_of_middle_tokens_in_memory_is_counted(
+    head_64: TinyModel, tmp_path: Path, n_candidates: int | None
+) -> None:
+    middle = MiddleConfig(k=4, layers=(0, None), max_tokens=3000, n_candidates=n_candidates)
+    options: dict[str, Any] = {"n_ubatch": 16}
+    with Llama(head_64.path, lminf=LMInfConfig(n_window=100, middle=middle), **options) as llm:
+        budget = llm.memory_stats().kv_bytes + (store := llm._context.middle_stats().n_bytes_full)
+    assert store > 3000 * 3 * 2 * 2 * 68  # layers, heads, key and value of 64 components in q8_0
+    config = LMInfConfig.from_budget(head_64.path, budget, middle=middle, **options)
+    assert config.n_window is not None and config.n_window >= 100
+    assert kv_bytes(head_64.path, config, "f16", **options) + store <= budget
+    # a file is no memory
+    in_file = replace(middle, path=tmp_path / "store")
+    config = LMInfConfig.from_budget(head_64.path, budget - store, middle=in_file, **options)
+    assert config.n_window is not None and config.n_window >= 100
+    assert not (tmp_path / "store").exists()
+    with pytest.raises(ConfigError, match=rf"{store:,} of them the store of middle tokens \(a file"):
+        LMInfConfig.from_budget(head_64.path, budget - store, middle=middle, **options)
 
 
 def test_wrong_input(default_model: Path, tmp_path: Path) -> None:

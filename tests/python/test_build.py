@@ -16,7 +16,10 @@ from pathlib import Path
 
 import pytest
 
+import build_id
 import get_llama_cpp as build
+from lminf_edge import lib_path
+from lminf_edge._library import _core
 from stock import tool
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -339,8 +342,8 @@ def test_the_command_ends_with_the_message_and_without_a_traceback(pinned: Pinne
     command: list[str | Path] = [sys.executable, ROOT / "cmake/get_llama_cpp.py", *options]
 
     good = subprocess.run(command, capture_output=True, text=True)
-    folder, patch_id = good.stdout.splitlines()
-    assert (good.returncode, patch_id) == (0, build.patch_id(pinned.lock, PATCH))
+    (folder,) = good.stdout.splitlines()
+    assert good.returncode == 0
 
     (Path(folder) / build.STAMP).unlink()
     bad = subprocess.run(command, capture_output=True, text=True)
@@ -356,6 +359,70 @@ def test_cmake_stops_with_the_message(tmp_path: Path) -> None:
     result = subprocess.run(command, env=nonsense, capture_output=True, text=True)
     assert result.returncode != 0
     assert "there is no llama.cpp source tree there" in result.stderr
+
+
+# --- what extension and library were built from
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> Path:
+    """A small src/."""
+    for name in ("api/lminf.h", "api/lminf.cpp", "cache/cache.cpp"):
+        (tmp_path / "src" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "src" / name).write_text(f"// {name}\n")
+    (tmp_path / "src" / "README.md").write_text("The engine.\n")
+    return tmp_path / "src"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda src: (src / "api/lminf.h").write_text("struct other;\n"),
+        lambda src: (src / "cache/cache.cpp").write_text("// something else\n"),
+        lambda src: (src / "cache/cache.cpp").rename(src / "cache/other.cpp"),
+        lambda src: (src / "cache/cache.cpp").unlink(),
+        lambda src: (src / "policy.h").write_text(""),
+    ],
+    ids=["header", "source", "renamed", "removed", "added"],
+)
+def test_whatever_changes_in_the_engine_is_another_engine(engine: Path, change: Callable[[Path], object]) -> None:
+    before = build_id.abi_id("patch", engine)
+    assert build_id.abi_id("patch", engine) == before
+    change(engine)
+    assert build_id.abi_id("patch", engine) != before
+
+
+def test_another_patch_is_another_engine_and_another_description_is_none(engine: Path) -> None:
+    before = build_id.abi_id("patch", engine)
+    assert build_id.abi_id("another patch", engine) != before
+    (engine / "README.md").write_text("Said otherwise.\n")
+    assert build_id.abi_id("patch", engine) == before
+
+
+def test_two_sources_only_are_compiled_for_another_engine() -> None:
+    sources = [path for folder in ("src", "cpp") for path in (ROOT / folder).rglob("*") if path.is_file()]
+    naming = {
+        path.relative_to(ROOT).as_posix() for path in sources if b'#include "lminf-build-id.h"' in path.read_bytes()
+    }
+    assert naming == {"src/api/lminf.cpp", "cpp/module.cpp"}
+
+
+def test_an_extension_refuses_a_library_of_another_engine(tmp_path: Path) -> None:
+    """As when a library of an earlier version comes first, or one of two files was replaced."""
+    ours, other = _core.abi_id().encode(), b"0" * 64
+    for folder in (tmp_path / "lminf_edge", tmp_path / "lminf_edge" / "lib"):
+        folder.mkdir()
+    shutil.copy(_core.__file__, tmp_path / "lminf_edge")
+    for library in lib_path().iterdir():
+        if library.is_file():
+            content = library.read_bytes()
+            assert "libllama" not in library.name or content.count(ours) == 1
+            (tmp_path / "lminf_edge" / "lib" / library.name).write_bytes(content.replace(ours, other))
+    (tmp_path / "lminf_edge" / "__init__.py").touch()
+    command = [sys.executable, "-S", "-c", "import lminf_edge._core"]
+    result = subprocess.run(command, env={"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
+    assert "ImportError: lminf_edge._core was built for a libllama with the id" in result.stderr
+    assert other.decode() in result.stderr
 
 
 # --- the committed patch

@@ -27,3 +27,7 @@ def test_the_memory_holds_through_the_c_api() -> None:
 
 def test_sketches_estimate_products() -> None:
     run(cpp_test("test_sketch"))
+
+
+def test_what_was_asked_for_is_made_or_refused() -> None:
+    run(cpp_test("test_requests"))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -29,15 +31,16 @@ def test_the_report_describes_the_installation_and_the_engine_works(default_mode
     assert report["default_model"] == str(default_model)
     assert report["environment"]["LMINF_N_SINK"] == "4"
     checks = report["self_test"]["checks"]
-    assert len(checks) == 5
-    assert [check["passed"] for check in checks] == [True] * 5
+    assert len(checks) == 6
+    assert [check["passed"] for check in checks] == [True] * 6
+    assert "a store of 65,536 middle tokens would take" in checks[1]["detail"]
 
 
 def test_people_get_the_same_in_lines(head_32: TinyModel) -> None:
     finished = run("doctor", "--model", str(head_32.path))
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert _core.patch_id() in finished.stdout
-    assert finished.stdout.count("\n  ok ") == 5
+    assert finished.stdout.count("\n  ok ") == 6
     assert finished.stderr == ""
 
 
@@ -69,4 +72,22 @@ def test_an_engine_that_computes_something_else_fails_the_self_test(
 
     monkeypatch.setattr(Llama, "logprobs", wrong)
     checks = list(diagnosis.self_test(head_32.path, python_documentation(), n_threads=1))
-    assert [check.passed for check in checks] == [True, True, False, True, True]
+    assert [check.passed for check in checks] == [True, True, True, False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("available", "passed", "said"),
+    [
+        (10**6, False, r"which does not fit: only in a file; 1.0 MB are available"),
+        (5 * 10**8, True, r"which does not fit: only in a file; 500 MB are available"),
+        (10**12, True, r"would take \d\d\d MB; 1.0 TB are available"),
+        (None, True, r"would take \d\d\d MB$"),
+    ],
+)
+def test_what_fits_into_memory_is_told(
+    default_model: Path, monkeypatch: pytest.MonkeyPatch, available: int | None, passed: bool, said: str
+) -> None:
+    monkeypatch.setattr(_core, "available_memory", lambda: available)
+    check = list(islice(diagnosis.self_test(default_model, python_documentation(), n_threads=1), 2))[1]
+    assert check.passed is passed
+    assert re.search(said, check.detail), check.detail

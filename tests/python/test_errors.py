@@ -7,11 +7,13 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 import lminf_edge
@@ -26,7 +28,8 @@ from lminf_edge import (
     UnsupportedModelError,
     models,
 )
-from tiny_models import HEAD_32, N_VOCAB, TinyModel, TinyShape, write_tiny_model
+from tiny_families import PARTIAL_ROTARY, SLIDING_AND_FULL
+from tiny_models import HEAD_32, HEAD_64, N_VOCAB, TinyModel, TinyShape, random_tokens, write_tiny_model
 
 WINDOW = LMInfConfig(n_sink=4, n_window=32)
 
@@ -280,6 +283,54 @@ def test_a_wrong_call_leaves_the_object_usable(tiny: Llama) -> None:
         with pytest.raises((ConfigError, TypeError)):
             tiny.eval(wrong)
     np.testing.assert_allclose(tiny.eval([6, 7]), expected[1:], atol=1e-2)
+
+
+def test_more_cells_than_llama_cpp_can_count_are_refused(tmp_path: Path) -> None:
+    path = write_tiny_model(tmp_path / "model.gguf", replace(HEAD_32, n_ctx_train=2**30), seed=1).path
+    # a copy of all sink tokens for each token of a micro-batch
+    config = LMInfConfig(n_sink=2**24, n_window=64, n_block=1)
+    with pytest.raises(ConfigError, match=r"n_sink = 16777216, .* n_ubatch = 512: .* can have at most 2\^32 - 1"):
+        Llama(path, lminf=config, n_ubatch=512)
+
+
+def logits_after_a_shift(model: Path, cache_type: str) -> npt.NDArray[np.float32]:
+    with Llama(model, n_ctx=128, cache_type_k=cache_type, cache_type_v=cache_type, n_threads=1) as llm:
+        llm.eval(random_tokens(60, seed=7))
+        llm._context.shift(4, 20)
+        assert llm._context.n_past() == 40
+        return llm.eval(random_tokens(10, seed=8))
+
+
+SHIFTED_SHAPES = {
+    "head sizes that are rotated": HEAD_64,
+    "head sizes that are not": HEAD_32,
+    "both": SLIDING_AND_FULL["gemma4"],
+    "a part of each head turns": replace(PARTIAL_ROTARY["stablelm"], head_size=64, n_rot=32, layers=None),
+}
+
+
+@pytest.mark.parametrize("name", SHIFTED_SHAPES)
+def test_llama_cpp_shifts_quantised_keys_only_where_it_does_it_right(tmp_path: Path, name: str) -> None:
+    path = write_tiny_model(tmp_path / "model.gguf", SHIFTED_SHAPES[name], seed=1).path
+    expected = logits_after_a_shift(path, "f16")
+    if name == "head sizes that are rotated":
+        assert np.abs(logits_after_a_shift(path, "q8_0") - expected).mean() < 0.05 * expected.std()
+    else:
+        with pytest.raises(UnsupportedModelError, match="cannot shift"):
+            logits_after_a_shift(path, "q8_0")
+
+
+def test_whether_keys_can_be_shifted_is_asked_of_the_cache(head_64: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    options: Any = {"n_ctx": 64, "cache_type_k": "q8_0", "n_threads": 1}
+    with Llama(head_64.path, **options) as llm:
+        monkeypatch.setenv("LLAMA_ATTN_ROT_DISABLE", "1")  # too late for this one
+        llm.eval([5] * 60)
+        llm._context.shift(4, 20)
+        llm.eval([5])
+    with Llama(head_64.path, **options) as llm:
+        llm.eval([5] * 60)
+        with pytest.raises(UnsupportedModelError, match="cannot shift"):
+            llm._context.shift(4, 20)
 
 
 # --- the default model

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
@@ -302,6 +306,49 @@ class TestSavedStates:
         with open_llama(head_32, ATTENTION, middle=middle), pytest.raises(ContextError, match="in use"):
             open_llama(head_32, ATTENTION, middle=middle)
 
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="there are no forks")
+    def test_a_forked_child_does_not_keep_its_parent_from_a_store(self, head_32: TinyModel, tmp_path: Path) -> None:
+        """A file's lock is inherited; and a child that closes what it inherited takes nothing from its parent."""
+        command = [sys.executable, "-c", FORKED_STORE, str(head_32.path), str(tmp_path / "store")]
+        finished = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert finished.stdout.splitlines() == ["in use while the parent has it", "opened again"], finished.stderr
+
+
+FORKED_STORE = """
+import os, signal, sys
+from lminf_edge import ContextError, Llama, LMInfConfig, MiddleConfig
+
+def opened():
+    middle = MiddleConfig(k=4, layers=(0, None), max_tokens=200, path=sys.argv[2])
+    return Llama(sys.argv[1], lminf=LMInfConfig(n_window=32, middle=middle), n_threads=1)
+
+def say(text):
+    os.write(1, text.encode() + bytes([10]))
+
+llm = opened()
+reader, writer = os.pipe()
+closing = os.fork()
+if closing == 0:
+    llm.close()
+    try:
+        opened()
+    except ContextError as error:
+        say("in use while the parent has it" if "in use" in str(error) else str(error))
+    os.write(writer, b".")
+    signal.pause()
+bystander = os.fork()
+if bystander == 0:
+    signal.pause()
+try:
+    os.read(reader, 1)
+    llm.close()
+    opened().close()
+    say("opened again")
+finally:
+    for child in (closing, bystander):
+        os.kill(child, signal.SIGKILL)
+"""
+
 
 class TestOptions:
     def test_without_a_store_there_is_nothing_to_recall(self, tiny: Llama) -> None:
@@ -339,6 +386,33 @@ class TestOptions:
 
         with pytest.raises(ConfigError, match=named):
             open_llama(head_32, ATTENTION, middle=config_of(RETRIEVAL, **options))
+
+    def test_a_store_that_does_not_fit_is_refused_when_it_is_made(
+        self, open_llama: OpenLlama, head_32: TinyModel, tmp_path: Path
+    ) -> None:
+        """Not when its rows are written, one by one, by the system that ends the process."""
+        from lminf_edge import ConfigError
+
+        huge, file = replace(RETRIEVAL, max_tokens=2**28), tmp_path / "store"
+        n_bytes = 64 * 2**28 * 2 * 2 * 2 * 32 * 4  # sequences, tokens, layers, heads, key and value, components
+        for path, expected in (
+            (None, "bytes of memory, and .* are available: keep it in a file .* fewer tokens"),
+            (file, "bytes of the disk of .*/store, and .* are available: store fewer tokens"),
+        ):
+            with pytest.raises(ConfigError, match=rf"needs \d+ {expected}") as refusal:
+                open_llama(head_32, ATTENTION, middle=config_of(huge, path=path), _n_seq_max=64)
+            message = str(refusal.value).replace(str(file), "")
+            needed, available = (int(number) for number in re.findall(r"\d+", message)[:2])
+            assert n_bytes <= needed < 1.01 * n_bytes
+            assert 0 < available < needed
+        assert not file.exists()
+
+    def test_what_a_store_can_take_is_told(self, open_llama: OpenLlama, head_32: TinyModel, tmp_path: Path) -> None:
+        middle = config_of(RETRIEVAL, path=tmp_path / "store")
+        with open_llama(head_32, ATTENTION, middle=middle, _n_seq_max=2) as llm:
+            assert llm._context.middle_stats().n_bytes_full == (tmp_path / "store").stat().st_size
+        with open_llama(head_32, ATTENTION) as llm:
+            assert llm._context.middle_stats().n_bytes_full == 0
 
     def test_values_that_do_not_fit_the_window_are_named(self) -> None:
         from lminf_edge import ConfigError, LMInfConfig, MiddleConfig

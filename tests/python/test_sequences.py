@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import OpenLlama
-from lminf_edge import Llama
+from lminf_edge import ConfigError, Llama, StateError
 from parity import assert_close, evaluated, expected
-from reference import Attention, TokenStream
+from reference import FULL_ATTENTION, Attention, TokenStream
 from tiny_models import TinyModel, random_tokens
 
 ATTENTION = Attention(n_sink=4, n_window=24, n_clamp=20, n_block=5)
@@ -61,8 +61,57 @@ class TestOneBatch:
                 eval_batch(llm, [1, 2], [0, 2])
             assert llm.n_past == 0
 
+    def test_an_array_that_would_be_converted_is_refused(self, open_llama: OpenLlama, head_32: TinyModel) -> None:
+        """The logits would end in a copy that nobody sees."""
+        with open_llama(head_32, ATTENTION, _n_seq_max=2) as llm:
+            tokens, shape = np.array([1, 2], np.int32), (2, llm.n_vocab)
+            for out in (np.empty(shape), np.empty(shape, np.float32, order="F")):
+                with pytest.raises(TypeError):
+                    llm._context.eval_batch(tokens, tokens * 0, out)  # type: ignore[arg-type]
+            with pytest.raises(TypeError):
+                llm._context.eval_batch(tokens, np.zeros(2), np.empty(shape, np.float32))  # type: ignore[arg-type]
+            with pytest.raises(TypeError):
+                llm._context.set_state(b"", np.zeros(llm.n_vocab))  # type: ignore[arg-type]
+            assert llm.n_past == 0
+
 
 class TestCopies:
+    @pytest.mark.parametrize("attention", [ATTENTION, FULL_ATTENTION])
+    def test_a_copy_does_not_keep_the_logits_of_what_it_replaces(
+        self, open_llama: OpenLlama, head_32: TinyModel, attention: Attention
+    ) -> None:
+        with open_llama(head_32, attention, _n_seq_max=2) as llm:
+            evaluated(llm, (1, 2, 3), 0)
+            evaluated(llm, (4, 5), 1)
+            llm._context.seq_cp(0, 1)
+            with pytest.raises(StateError, match="no logits"):
+                llm._context.last_logits(1)
+            last = evaluated(llm, (6,), 0)[-1]
+            llm._context.seq_cp(0, 1)
+            np.testing.assert_array_equal(llm._context.last_logits(0), last)
+
+    @pytest.mark.parametrize("attention", [ATTENTION, FULL_ATTENTION])
+    def test_a_copy_of_nothing_is_refused(
+        self, open_llama: OpenLlama, head_32: TinyModel, attention: Attention
+    ) -> None:
+        with open_llama(head_32, attention, _n_seq_max=2) as llm:
+            evaluated(llm, (1, 2, 3), 1)
+            for source in (-1, 2, 1000):
+                with pytest.raises(ConfigError, match=f"seq_id = {source}"):
+                    llm._context.seq_cp(source, 1)
+            assert llm._context.n_past(1) == 3
+
+    def test_llama_cpp_copies_whole_sequences_only(self, open_llama: OpenLlama, head_32: TinyModel) -> None:
+        text = tuple(random_tokens(20, seed=3))
+        with open_llama(head_32, FULL_ATTENTION, _n_seq_max=2) as llm:
+            evaluated(llm, text, 0)
+            for p0, p1 in ((1, -1), (-1, 19), (5, 10)):
+                with pytest.raises(ConfigError, match="whole sequences"):
+                    llm._context.seq_cp(0, 1, p0, p1)
+            assert llm._context.n_past(1) == 0
+            llm._context.seq_cp(0, 1, 0, 20)
+            np.testing.assert_allclose(evaluated(llm, (7, 8), 1), evaluated(llm, (7, 8), 0), atol=1e-5)
+
     @pytest.mark.parametrize("n_past", [2, 20, 150])
     def test_a_copy_goes_on_as_the_sequence_itself(
         self, open_llama: OpenLlama, head_32: TinyModel, n_past: int

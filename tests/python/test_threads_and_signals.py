@@ -86,6 +86,49 @@ def test_a_second_thread_is_refused_and_can_still_watch(head_64: TinyModel) -> N
         assert llm.n_past == 3000
 
 
+SHARED_SAMPLER = """
+import sys, threading
+import numpy as np
+from lminf_edge import Llama, LMInfConfig
+from lminf_edge.sampling import SamplingOptions
+
+models = [Llama(sys.argv[1], lminf=LMInfConfig(n_window=64), n_threads=1) for _ in range(2)]
+model = models[0]._model
+sampler = SamplingOptions(repeat_penalty=1.001, penalty_last_n=1000, temperature=0).sampler(model, 0)
+contexts = []
+for best in (100, 40_000):
+    context = type(models[0]._context)(model, lminf=models[0]._context.params, n_batch=64, n_ubatch=64)
+    context.decode(np.ones(1, np.int32))
+    logits = np.zeros(model.n_vocab, np.float32)
+    logits[best] = 50
+    context.set_state(context.get_state(), logits)
+    contexts.append((context, best))
+drawn = {best: set() for _, best in contexts}
+
+def draw(context, best):
+    for _ in range(400):
+        drawn[best].add(sampler.sample(context)[0])
+
+def accept():
+    for _ in range(400):
+        sampler.accept(np.arange(200, dtype=np.int32))
+
+threads = [threading.Thread(target=draw, args=each) for each in contexts] + [threading.Thread(target=accept)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+assert drawn == {best: {best} for _, best in contexts}, drawn
+"""
+
+
+def test_threads_can_share_a_sampler(default_model: Path) -> None:
+    """Each draws from its own logits, and none waits for another for ever."""
+    command = [sys.executable, "-c", SHARED_SAMPLER, str(default_model)]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert finished.returncode == 0, finished.stderr
+
+
 def test_closing_waits_for_the_micro_batch_of_another_thread(head_64: TinyModel) -> None:
     llm = Llama(head_64.path, lminf=WINDOW, n_ubatch=4, n_threads=1)
     thread = Evaluation(llm)

@@ -1,21 +1,20 @@
-// lminf_check_grammar(): says what is wrong with a grammar before llama.cpp's sampler is made from it.
-//
-// The sampler itself prints to standard error and keeps the reason to itself, and some left-recursive rules let it grow
-// its stacks without end.
+#include "grammar.h"
 
-#include "lminf.h"
+#include "errors.h"
 
-#include "llama-grammar.h"
-#include "llama-model.h"
+#include <llama-grammar.h>
 
-#include <cstdio>
+#include <algorithm>
 #include <cstring>
 #include <stdexcept>
-#include <string>
 #include <vector>
+
+namespace lminf_python {
 
 static constexpr size_t n_depth_max = 200;   // nested parentheses, for which the parser recurses
 static constexpr size_t n_rules_max = 10000; // so that a chain of rules, for which llama.cpp recurses, stays short
+
+static constexpr size_t n_message_max = 160; // bytes
 
 static bool is_end(const llama_grammar_element & element) {
     return element.type == LLAMA_GRETYPE_END || element.type == LLAMA_GRETYPE_ALT;
@@ -137,7 +136,7 @@ static void check_left_recursion(const llama_grammar_parser & parser) {
     }
 }
 
-static void check(const llama_vocab * vocab, const char * grammar, const char * root) {
+static void check(const llama_vocab * vocab, const char * grammar) {
     check_depth(grammar);
     llama_grammar_parser parser(vocab);
     // a first rule's head may follow comments and blank lines, which only parse() skips
@@ -152,22 +151,28 @@ static void check(const llama_vocab * vocab, const char * grammar, const char * 
             throw std::runtime_error("it has more than " + std::to_string(n_rules_max) + " rules");
         }
     }
-    if (!parser.symbol_ids.count(root)) {
-        throw std::runtime_error(std::string("there is no rule ") + root);
+    if (!parser.symbol_ids.count("root")) {
+        throw std::runtime_error("there is no rule root");
     }
     check_references(parser);
     check_left_recursion(parser);
 }
 
-bool lminf_check_grammar(
-        const struct llama_model * model, const char * grammar, const char * root, char * reason, size_t size) {
+// The parser's messages quote all the rest of the grammar: the beginning of one, in whole characters of UTF-8.
+static std::string shortened(const std::string & message) {
+    size_t n = std::min(message.size(), n_message_max);
+    while (n > 0 && n < message.size() && (message[n] & 0xC0) == 0x80) {
+        --n;
+    }
+    return message.substr(0, n);
+}
+
+void check_grammar(const llama_vocab * vocab, const std::string & text) {
     try {
-        check(&model->vocab, grammar, root);
-        return true;
+        check(vocab, text.c_str());
     } catch (const std::exception & err) {
-        if (size > 0) {
-            std::snprintf(reason, size, "%s", err.what()); // the parser's messages quote all the rest of the grammar
-        }
-        return false;
+        throw error(error_type::config, "grammar: " + shortened(err.what()));
     }
 }
+
+} // namespace lminf_python
