@@ -160,8 +160,12 @@ static lminf_status check_cells(const llama_model & model, uint32_t n_ubatch, co
     return LMINF_STATUS_OK;
 }
 
-// Sink tokens above this number are placed once in a micro-batch at most, so that one spare copy of them is enough.
+// of these, several copies take no room to speak of
 static constexpr uint32_t N_SINK_FEW = 64;
+
+uint32_t lminf_largest_ubatch(const lminf_params & params, uint32_t n_ubatch) {
+    return params.n_sink > N_SINK_FEW ? std::min(n_ubatch, params.n_block + 1) : n_ubatch;
+}
 
 lminf_status lminf_resolve_params(
         const llama_model & model, llama_context_type ctx_type, uint32_t n_seq_max, uint32_t n_ubatch, lminf_params & p) {

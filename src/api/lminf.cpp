@@ -119,9 +119,15 @@ llama_memory_i * lminf_create_memory(
         cparams.n_ctx_seq = lminf_largest_distance(model, p);
     }
 
+    const std::string why_stock = lminf_stock_attention_from_env() ? "LMINF_ATTENTION=stock"
+                                                                   : lminf_attention_op::why_not(model, params.type_k, params.type_v);
+    LLAMA_LOG_INFO("%s: attention: %s\n", __func__, why_stock.empty() ? "lminf" : ("llama.cpp's (" + why_stock + ")").c_str());
+    if (!why_stock.empty()) {
+        cparams.n_ubatch = lminf_largest_ubatch(p, cparams.n_ubatch);
+    }
+
     const auto group = std::make_shared<lminf_cache_group>(p, cparams.n_ubatch, cparams.n_seq_max, lctx);
-    group->why_stock = lminf_stock_attention_from_env() ? "LMINF_ATTENTION=stock" : lminf_attention_op::why_not(model, params.type_k, params.type_v);
-    LLAMA_LOG_INFO("%s: attention: %s\n", __func__, group->has_own_attention() ? "lminf" : ("llama.cpp's (" + group->why_stock + ")").c_str());
+    group->why_stock = why_stock;
 
     std::unique_ptr<llama_memory_i> memory;
     try {

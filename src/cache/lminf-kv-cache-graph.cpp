@@ -3,6 +3,7 @@
 #include "lminf-kv-cache.h"
 
 #include "lminf-attention-op.h"
+#include "lminf-mask.h"
 #include "lminf-middle.h"
 #include "lminf-sinks.h"
 
@@ -51,6 +52,9 @@ ggml_tensor * lminf_kv_cache::cpy_k(
 ggml_tensor * lminf_kv_cache::cpy_v(
         ggml_context * ctx, ggml_tensor * v_cur, ggml_tensor * v_idxs, int32_t il, const slot_info & sinfo) const {
     const int32_t ikv = map_layer_ids.at(il);
+    if (const auto & layer = kv.all[ikv]; v_cur->ne[0] != layer.n_embd_v) { // the heads are merged already (PLM)
+        v_cur = ggml_reshape_3d(ctx, v_cur, layer.n_embd_v, layer.n_head_kv, v_cur->ne[1]);
+    }
     if (middle) {
         v_cur = middle->store_v(ctx, v_cur, ikv);
     }
@@ -97,36 +101,10 @@ void lminf_kv_cache::set_input_v_idxs(ggml_tensor * dst, const llama_ubatch * ub
     sinks->set_v_idxs(dst, ubatch->n_tokens, v_trans ? hparams.n_embd_v_gqa_max() : 1);
 }
 
-// One row: what query p sees is 0, or what ALiBi adds; the rest is hidden. kept: the sequence's keys.
-template <typename T>
-static void fill_kq_mask(
-        const lminf_policy & policy, const std::vector<lminf_run> & kept, T * row, int64_t n_kv, int64_t p, T (*value)(float)) {
-    std::fill(row, row + n_kv, value(-INFINITY));
-
-    const auto show = [&](int64_t cell, int64_t j, int64_t n) {
-        if (!policy.alibi) {
-            std::fill(row + cell, row + cell + n, value(0.0f));
-            return;
-        }
-        for (int64_t i = 0; i < n; ++i) { // it takes its bias from the distance
-            row[cell + i] = value(-(float) policy.distance(p, j + i));
-        }
-    };
-
-    if (policy.n_sink > 0) {
-        show(policy.sink_cell(policy.copy(p), 0), 0, std::min(policy.n_sink, p + 1));
-    }
-    const int64_t begin = policy.window_begin(p);
-    for (const auto & run : kept) {
-        const int64_t j0 = std::max(run.pos, begin);
-        const int64_t j1 = std::min(run.pos + run.n, p + 1);
-        if (j0 < j1) {
-            show(run.cell + j0 - run.pos, j0, j1 - j0);
-        }
-    }
-}
-
 void lminf_kv_cache::set_input_kq_mask(ggml_tensor * dst, const llama_ubatch * ubatch, bool causal_attn) const {
+    if (!dst->buffer) {
+        return; // attention of our own needs none
+    }
     GGML_ASSERT(ggml_backend_buffer_is_host(dst->buffer));
     GGML_ASSERT(causal_attn);
 
@@ -139,9 +117,11 @@ void lminf_kv_cache::set_input_kq_mask(ggml_tensor * dst, const llama_ubatch * u
         for (uint32_t i = part.i0; i < part.i0 + part.n; ++i) {
             const int64_t p = seq.origin + ubatch->pos[i];
             if (dst->type == GGML_TYPE_F16) {
-                fill_kq_mask<ggml_fp16_t>(policy, kept, (ggml_fp16_t *) dst->data + n_kv*i, n_kv, p, ggml_fp32_to_fp16);
+                lminf_fill_mask_row(policy, kept, p, (ggml_fp16_t *) dst->data + n_kv*i, n_kv, ggml_fp32_to_fp16(-INFINITY),
+                        ggml_fp32_to_fp16(0.0f), [](int64_t distance) { return ggml_fp32_to_fp16(-(float) distance); });
             } else {
-                fill_kq_mask<float>(policy, kept, (float *) dst->data + n_kv*i, n_kv, p, [](float x) { return x; });
+                lminf_fill_mask_row(policy, kept, p, (float *) dst->data + n_kv*i, n_kv, -INFINITY, 0.0f,
+                        [](int64_t distance) { return -(float) distance; });
             }
         }
     }

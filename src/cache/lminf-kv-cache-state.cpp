@@ -22,6 +22,7 @@ std::vector<std::pair<std::string, int64_t>> lminf_kv_cache::state_parameters() 
         { "n_ubatch",         policy.n_ubatch           },
         { "sink_order",       policy.kept_order         },
         { "flash attention",  !v_trans                  },
+        { "own attention",    group->has_own_attention() },
         { "number of layers", (int64_t) layers.size()   },
         { "max_tokens",       policy.n_middle           },
         { "the cache type of middle tokens", middle ? middle->get_store().type : GGML_TYPE_COUNT },

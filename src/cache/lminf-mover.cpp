@@ -38,7 +38,7 @@ void lminf_mover::build_keys(ggml_context * ctx, ggml_cgraph * gf, int64_t n, bo
     for (size_t i = 0; i < layers.all.size(); ++i) {
         lminf_layer layer = layers.all[i];
         if (is_reserved) {
-            layer.rope = lminf_rope::any(layer.n_embd_k);
+            layer.rope = lminf_rope::any(layer.n_embd_k, layers.n_pos_per_embd);
             layer.rope.is_hadamard_rotated = layer.k_rot != nullptr;
         }
         if (!from_originals && layer.rope.state == lminf_rope::PLAIN) {

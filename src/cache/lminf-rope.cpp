@@ -103,11 +103,12 @@ lminf_rope lminf_rope::find_query(const ggml_tensor * q) {
     return find(t);
 }
 
-lminf_rope lminf_rope::any(int64_t n_embd_head) {
+lminf_rope lminf_rope::any(int64_t n_embd_head, uint32_t n_pos_per_embd) {
     lminf_rope res;
     res.state     = ROTATED;
     res.n_dims    = (int) n_embd_head/2*2;
-    res.mode      = GGML_ROPE_TYPE_NEOX;
+    res.mode      = n_pos_per_embd > 1 ? GGML_ROPE_TYPE_MROPE : GGML_ROPE_TYPE_NEOX;
+    res.sections[0] = res.n_dims/2;
     res.freq_base = 10000.0f;
     return res;
 }

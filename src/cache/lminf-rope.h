@@ -9,6 +9,8 @@
 
 #include "ggml.h"
 
+#include <cstdint>
+
 struct lminf_rope {
     enum status {
         UNKNOWN,     // no key of this layer has been seen yet
@@ -28,7 +30,7 @@ struct lminf_rope {
     static lminf_rope find_query(const ggml_tensor * q);
 
     // One that takes as much room in a graph as any: graphs are reserved before the model's first graph is seen.
-    static lminf_rope any(int64_t n_embd_head);
+    static lminf_rope any(int64_t n_embd_head, uint32_t n_pos_per_embd);
 
     // F32 [n_embd_head, n_head_kv, n] from the same: what it would be if it stood delta positions further on. PLAIN layers return cur.
     // What YaRN multiplies keys with stays on them.

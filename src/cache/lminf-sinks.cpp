@@ -253,9 +253,6 @@ ggml_tensor * lminf_sinks::cpy_k(ggml_context * ctx, ggml_tensor * k_cur, ggml_t
 
 ggml_tensor * lminf_sinks::add_values(ggml_context * ctx, ggml_tensor * v_cur, size_t ikv) const {
     const auto & layer = layers.all[ikv];
-    if (v_cur->ne[0] != layer.n_embd_v) { // the heads are merged already (PLM)
-        v_cur = ggml_reshape_3d(ctx, v_cur, layer.n_embd_v, layer.n_head_kv, v_cur->ne[1]);
-    }
     const int64_t n_tokens = v_cur->ne[2];
     const int64_t n_rows   = n_tokens + (int64_t) values.size();
 

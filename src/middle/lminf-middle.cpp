@@ -173,10 +173,6 @@ ggml_tensor * lminf_middle::store_v(ggml_context * ctx, ggml_tensor * v_cur, siz
     if (layer < 0) {
         return v_cur;
     }
-    const auto & shape = layers.all[ikv];
-    if (v_cur->ne[0] != shape.n_embd_v) { // the heads are merged already (PLM)
-        v_cur = ggml_reshape_3d(ctx, v_cur, shape.n_embd_v, shape.n_head_kv, v_cur->ne[1]);
-    }
     return stored_v[layer] = recall.store_values(ctx, layer, v_cur);
 }
 

@@ -2,8 +2,9 @@
 
 #include <algorithm>
 
-// llama.cpp pads contexts to this many cells; GPU flash attention kernels want it too
-static constexpr int64_t N_PAD = 256;
+// llama.cpp pads contexts to this many cells; GPU flash attention kernels want it too. Attention of our own does not.
+static constexpr int64_t N_PAD     = 256;
+static constexpr int64_t N_PAD_OWN = 32;
 
 bool lminf_policy::visible(int64_t p, int64_t j) const {
     return j >= 0 && j <= p && (j < n_sink || j >= window_begin(p));
@@ -76,7 +77,8 @@ int64_t lminf_policy::n_sink_cells() const {
 
 int64_t lminf_policy::n_cells() const {
     const int64_t n = n_sink_cells() + n_window + n_rollback + n_ubatch;
-    return (n + N_PAD - 1) / N_PAD * N_PAD;
+    const int64_t n_pad = rotates_queries ? N_PAD_OWN : N_PAD;
+    return (n + n_pad - 1) / n_pad * n_pad;
 }
 
 int64_t lminf_policy::n_ring() const {
@@ -88,7 +90,7 @@ int64_t lminf_policy::ring_start() const {
     const int64_t n_before = n_sink_cells() - n_sink; // a query sees one copy of the sink tokens
     const int64_t n_behind = (n_used + N_PAD - 1) / N_PAD * N_PAD - n_used;
 
-    return std::max<int64_t>(0, n_behind - n_before) / 2;
+    return rotates_queries ? 0 : std::max<int64_t>(0, n_behind - n_before) / 2;
 }
 
 int64_t lminf_policy::ring_end() const {

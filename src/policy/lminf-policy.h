@@ -89,7 +89,7 @@ struct lminf_policy {
     // have one of their own. The turn of copy 0, the home, comes first: there sink tokens are written, at their true positions.
     int64_t n_copies() const;
     int64_t n_sink_cells() const;
-    int64_t n_cells     () const; // in all, padded as llama.cpp pads a context
+    int64_t n_cells     () const; // in all, padded
     int64_t n_ring      () const; // W + rollback + micro-batch, and the padding
 
     // The ring is filled from this cell of it on, and wraps. Attention is computed for cells in steps of N_PAD, and threads get

@@ -93,6 +93,11 @@ def test_whatever_does_not_fit_is_refused_and_nothing_is_lost(
             other.save_state(path)
         return path
 
+    def saved_with_stock_attention(**options: Any) -> Path:
+        with pytest.MonkeyPatch.context() as environment:
+            environment.setenv("LMINF_ATTENTION", "stock")
+            return saved(**options)
+
     def cut(data: bytearray) -> None:
         del data[len(data) // 2 :]
 
@@ -111,7 +116,8 @@ def test_whatever_does_not_fit_is_refused_and_nothing_is_lost(
         (lambda: saved(lminf=None), "n_sink"),
         (lambda: saved(n_ubatch=16), "n_ubatch = 16 and not 32"),
         (lambda: saved(cache_type_k="q8_0"), "cache_type_k = 'q8_0' and not 'f16'"),
-        (lambda: saved(flash_attn=False), "flash attention"),
+        (lambda: saved_with_stock_attention(), "own attention"),
+        (lambda: saved_with_stock_attention(flash_attn=False), "flash attention"),
         (lambda: with_changed(saved(), cut), "cut off"),
         (lambda: with_changed(saved(), lambda data: data.pop()), "cut off|checksum"),
         (lambda: with_changed(saved(), lambda data: data.append(0)), "checksum"),
