@@ -70,13 +70,13 @@ static uint8_t * take_addresses(size_t size) {
     return reach() + begin;
 }
 
-static void report_access(int /*signal*/, siginfo_t * info, void * /*context*/) {
+static void report_access(int number, siginfo_t * info, void * /*context*/) {
     const auto * address = static_cast<const uint8_t *>(info->si_addr);
     if (address >= reach() && address < reach() + reach_size) {
         static const char text[] = "the CPU touched the memory of a fake device\n";
         (void) !write(STDERR_FILENO, text, sizeof(text) - 1);
     }
-    signal(SIGSEGV, SIG_DFL); // the access is tried again, and ends the process
+    signal(number, SIG_DFL); // the access is tried again, and ends the process
 }
 
 static buffer_memory & memory_of(ggml_backend_buffer_t buffer) {
@@ -284,6 +284,7 @@ fake_device::fake_device(fake_device_traits traits) : self(new impl(std::move(tr
     action.sa_sigaction = report_access;
     action.sa_flags     = SA_SIGINFO;
     sigaction(SIGSEGV, &action, nullptr);
+    sigaction(SIGBUS,  &action, nullptr); // what macOS sends
 
     ggml_backend_register(&self->reg);
 }
