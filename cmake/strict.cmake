@@ -27,3 +27,6 @@ if (LMINF_SANITIZE)
     target_link_options(lminf_sanitizers INTERFACE ${sanitizers})
 endif()
 target_link_libraries(lminf_strict INTERFACE lminf_sanitizers)
+if (LMINF_SANITIZE)
+    target_compile_options(lminf_strict INTERFACE -UNDEBUG) # our assertions, not those of ggml, which a damaged state breaks
+endif()

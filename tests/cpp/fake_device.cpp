@@ -12,7 +12,9 @@
 #include <cstdlib>
 #include <cstring>
 #include <map>
+#include <memory>
 #include <utility>
+#include <vector>
 
 //
 // memory
@@ -171,7 +173,8 @@ static const ggml_backend_buffer_type_i buffer_type_interface = {
 //
 
 static bool is_custom(const ggml_tensor * op) {
-    return op->op == GGML_OP_CUSTOM || op->op == GGML_OP_MAP_CUSTOM1 || op->op == GGML_OP_MAP_CUSTOM2 || op->op == GGML_OP_MAP_CUSTOM3;
+    return op->op == GGML_OP_CUSTOM || op->op == GGML_OP_MAP_CUSTOM1 || op->op == GGML_OP_MAP_CUSTOM2 ||
+        op->op == GGML_OP_MAP_CUSTOM3;
 }
 
 // While the CPU computes for the device, tensors point to what they hold.
@@ -252,7 +255,9 @@ static const ggml_backend_device_i device_interface = {
         return (self.traits.claims_custom || !is_custom(op)) && !(self.traits.refuses && self.traits.refuses(op)) &&
             ggml_backend_dev_supports_op(self.cpu, op);
     },
-    /*.supports_buft =*/ [](ggml_backend_dev_t device, ggml_backend_buffer_type_t buft) { return buft == &impl_of(device).buffers; },
+    /*.supports_buft =*/ [](ggml_backend_dev_t device, ggml_backend_buffer_type_t buft) {
+        return buft == &impl_of(device).buffers;
+    },
     // products of several tokens go to the device even if the weights are the CPU's, as on a GPU those of 32 and more
     /*.offload_op =*/ [](ggml_backend_dev_t, const ggml_tensor * op) { return op->op == GGML_OP_MUL_MAT && op->ne[1] > 1; },
     /*.event_new =*/ nullptr,
@@ -279,7 +284,14 @@ fake_device::impl::impl(fake_device_traits traits) :
 // what tests see
 //
 
-fake_device::fake_device(fake_device_traits traits) : self(new impl(std::move(traits))) {
+// ggml keeps what was registered until the process ends
+static fake_device::impl * keep(std::unique_ptr<fake_device::impl> self) {
+    static std::vector<std::unique_ptr<fake_device::impl>> all;
+    all.push_back(std::move(self));
+    return all.back().get();
+}
+
+fake_device::fake_device(fake_device_traits traits) : self(keep(std::make_unique<impl>(std::move(traits)))) {
     struct sigaction action = {};
     action.sa_sigaction = report_access;
     action.sa_flags     = SA_SIGINFO;

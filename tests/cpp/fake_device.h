@@ -42,5 +42,5 @@ public:
     struct impl;
 
 private:
-    impl * self; // ggml keeps what was registered for good
+    impl * self; // lives as long as ggml's registry
 };

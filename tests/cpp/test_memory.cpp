@@ -476,7 +476,8 @@ int main() {
     llama_log_set([](ggml_log_level, const char *, void *) {}, nullptr);
     llama_backend_init();
 
-    const std::string path = (std::filesystem::temp_directory_path() / ("lminf-test-memory-" + std::to_string(getpid()) + ".gguf")).string();
+    const std::string name = "lminf-test-memory-" + std::to_string(getpid()) + ".gguf";
+    const std::string path = (std::filesystem::temp_directory_path() / name).string();
     write_tiny_model(path);
 
     const model_ptr model(llama_model_load_from_file(path.c_str(), llama_model_default_params()), llama_model_free);
