@@ -19,22 +19,32 @@ constexpr int64_t BLOCK = 32;  // keys that are unpacked, scored and weighted to
 constexpr int64_t PART  = 256; // keys that start from nothing, for threads to share
 
 constexpr int   W       = simd::WIDTH;
-constexpr int   N_VEC   = BLOCK/W; // vectors of a block's scores
+constexpr int   N_VEC   = BLOCK / W; // vectors of a block's scores
 constexpr float NOTHING = -INFINITY;
 
 int64_t divide_up(int64_t a, int64_t b) {
-    return (a + b - 1)/b;
+    return (a + b - 1) / b;
 }
 
 // rows of floats in the work area are whole units
 int64_t padded(int64_t n) {
-    return divide_up(n, LMINF_SIMD_UNIT)*LMINF_SIMD_UNIT;
+    return divide_up(n, LMINF_SIMD_UNIT) * LMINF_SIMD_UNIT;
 }
 
 // ---- unpacking a block's rows ----
 
 constexpr int64_t unit_bytes(ggml_type type) {
     return type == GGML_TYPE_F32 ? 128 : type == GGML_TYPE_Q8_0 ? 34 : type == GGML_TYPE_Q4_0 ? 18 : 64;
+}
+
+// the cache lines of a row, unit by unit: its first byte's, and where each unit ends
+template <ggml_type TYPE> void prefetch_unit(const char * unit, bool first) {
+    if (first) {
+        simd::prefetch(unit);
+    }
+    for (int64_t end = unit_bytes(TYPE); end > 0; end -= 64) {
+        simd::prefetch(unit + end - 1);
+    }
 }
 
 // f(units, their first component) for all units of N rows; the last is filled up with zeros. What lies `ahead` will be
@@ -45,79 +55,80 @@ void for_units(const char * const * rows, int64_t n_embd, size_t ahead, const F 
     constexpr int64_t BYTES = unit_bytes(TYPE);
 
     const char * units[N];
-    for (int64_t i = 0; i < n_embd/UNIT; ++i) {
+    for (int64_t i = 0; i < n_embd / UNIT; ++i) {
         repeat<N>([&](auto r) {
-            units[r] = rows[r] + i*BYTES;
-            for (int64_t j = 0; j < BYTES; j += 64) {
-                simd::prefetch(units[r] + ahead + j);
-            }
+            units[r] = rows[r] + i * BYTES;
+            prefetch_unit<TYPE>(units[r] + ahead, i == 0);
         });
-        f(units, i*UNIT);
+        f(units, i * UNIT);
     }
-    const int64_t n_rest = n_embd%UNIT; // never of a quantised type
+    const int64_t n_rest = n_embd % UNIT; // never of a quantised type
     if (n_rest) {
         char rest[N][BYTES] = {};
         repeat<N>([&](auto r) {
-            memcpy(rest[r], rows[r] + n_embd/UNIT*BYTES, n_rest*(BYTES/UNIT));
+            memcpy(rest[r], rows[r] + n_embd / UNIT * BYTES, n_rest * (BYTES / UNIT));
             units[r] = rest[r];
         });
         f(units, n_embd - n_rest);
     }
 }
 
-// Values: one row of floats after the other.
+// Values: one row of floats after the other, without their units' factors: a weight is multiplied with them before,
+// once for all the numbers of a unit.
 template <ggml_type TYPE>
-LMINF_SIMD_FLATTEN void unpack_values(const char * const * rows, int64_t first, int64_t last, int64_t n_embd, size_t ahead, float * dst) {
+LMINF_SIMD_FLATTEN void unpack_values(
+    const char * const * rows, int64_t first, int64_t last, int64_t n_embd, size_t ahead, float * dst) {
     for (int64_t i = first; i < last; ++i) {
-        float * row = dst + i*padded(n_embd);
+        float * row = dst + i * padded(n_embd);
         for_units<TYPE, 1>(rows + i, n_embd, ahead, [&](const char * const * units, int64_t component) {
-            simd::unpack<TYPE>(units[0], [&](auto j, vec x) { simd::store(row + component + j*W, x); });
+            simd::unpack_numbers<TYPE>(units[0], [&](auto j, vec x) { simd::store(row + component + j * W, x); });
         });
+    }
+}
+
+// factors of a block's values: [unit][BLOCK]
+template <ggml_type TYPE>
+void unpack_factors(const char * const * rows, int64_t first, int64_t last, int64_t n_embd, float * dst) {
+    for (int64_t unit = 0; unit < n_embd / LMINF_SIMD_UNIT; ++unit) {
+        uint16_t factors[BLOCK] = {};
+        for (int64_t i = first; i < last; ++i) {
+            memcpy(factors + i, rows[i] + unit * unit_bytes(TYPE), sizeof(uint16_t));
+        }
+        for (int64_t i = 0; i < BLOCK; i += W) {
+            const vec factor = simd::load_f16((const char *)(factors + i));
+            simd::store(dst + unit * BLOCK + i, simd::mul(factor, simd::set1(simd::number_scale(TYPE))));
+        }
     }
 }
 
 // Keys: W of them interleaved, four components at a time, so that a vector holds components of W/4 keys, and sums over
 // components end up in lanes by themselves. Vector i of a component is of the keys i, i + 4 ...
 template <ggml_type TYPE>
-LMINF_SIMD_FLATTEN void unpack_keys(const char * const * rows, int64_t first, int64_t last, int64_t n_embd, size_t ahead, float * dst) {
-    constexpr int N = W/4;
-    for (int64_t i = first/W*W; i < last; i += W) {
+LMINF_SIMD_FLATTEN void unpack_keys(
+    const char * const * rows, int64_t first, int64_t last, int64_t n_embd, size_t ahead, float * dst) {
+    constexpr int N = W / 4;
+    for (int64_t i = first / W * W; i < last; i += W) {
         for (int64_t k = 0; k < 4; ++k) {
             const char * some[N];
-            repeat<N>([&](auto r) { some[r] = rows[i + k + 4*r]; });
-            float * row = dst + i*padded(n_embd) + k*W;
+            repeat<N>([&](auto r) { some[r] = rows[i + k + 4 * r]; });
+            float * row = dst + i * padded(n_embd) + k * W;
             for_units<TYPE, N>(some, n_embd, ahead, [&](const char * const * units, int64_t component) {
-                vec x[LMINF_SIMD_UNIT/W][N];
+                vec x[LMINF_SIMD_UNIT / W][N];
                 repeat<N>([&](auto r) { simd::unpack<TYPE>(units[r], [&](auto j, vec y) { x[j][r] = y; }); });
-                repeat<LMINF_SIMD_UNIT/W>([&](auto j) {
+                repeat<LMINF_SIMD_UNIT / W>([&](auto j) {
                     simd::transpose_groups(x[j]);
-                    repeat<N>([&](auto r) { simd::store(row + (component + j*W + 4*r)*W, x[j][r]); });
+                    repeat<N>([&](auto r) { simd::store(row + (component + j * W + 4 * r) * W, x[j][r]); });
                 });
             });
         }
     }
 }
 
-using unpacker = void (*)(const char * const * rows, int64_t first, int64_t last, int64_t n_embd, size_t ahead, float * dst);
-
-template <ggml_type TYPE> unpacker unpacker_of(bool keys) {
-    return keys ? unpack_keys<TYPE> : unpack_values<TYPE>;
-}
-
-unpacker unpacker_of(ggml_type type, bool keys) {
-    switch (type) {
-        case GGML_TYPE_F32: return unpacker_of<GGML_TYPE_F32>(keys);
-        case GGML_TYPE_F16: return unpacker_of<GGML_TYPE_F16>(keys);
-        case GGML_TYPE_BF16: return unpacker_of<GGML_TYPE_BF16>(keys);
-        case GGML_TYPE_Q8_0: return unpacker_of<GGML_TYPE_Q8_0>(keys);
-        default: return unpacker_of<GGML_TYPE_Q4_0>(keys);
-    }
-}
-
 // ---- products: N query rows at a time, as many as there are registers for; each row gets the same whatever N is ----
 
 // scores of W keys: lanes sum every fourth component, then in pairs
-template <int N> LMINF_SIMD_FLATTEN void multiply_keys(const float * const * q, const float * k, int64_t n_embd, float * scores) {
+template <int N>
+LMINF_SIMD_FLATTEN void multiply_keys(const float * const * q, const float * k, int64_t n_embd, float * scores) {
     vec           sum[N][4];
     const float * rows[N];
     repeat<N>([&](auto r) {
@@ -128,33 +139,12 @@ template <int N> LMINF_SIMD_FLATTEN void multiply_keys(const float * const * q, 
         vec x[N];
         repeat<N>([&](auto r) { x[r] = simd::load_group(rows[r] + component); });
         repeat<4>([&](auto i) {
-            const vec y = simd::in_register(simd::load(k + component*W + i*W));
+            const vec y = simd::in_register(simd::load(k + component * W + i * W));
             repeat<N>([&](auto r) { sum[r][i] = simd::fma(x[r], y, sum[r][i]); });
         });
     }
-    repeat<N>([&](auto r) {
-        simd::store(scores + r*BLOCK, simd::add_groups(sum[r][0], sum[r][1], sum[r][2], sum[r][3]));
-    });
-}
-
-// acc = factor*acc + weights of keys [first, last) times their values, for D vectors of the values
-template <int N, int D>
-LMINF_SIMD_FLATTEN void add_values(const float * weights, const float * factors, const float * v, int64_t stride, int64_t first, int64_t last,
-    float * acc) {
-    vec sum[N][D];
-    repeat<N>([&](auto r) {
-        const vec factor = simd::set1(factors[r]);
-        repeat<D>([&](auto i) { sum[r][i] = simd::mul(simd::load(acc + r*stride + i*W), factor); });
-    });
-    for (int64_t j = first; j < last; ++j) {
-        vec x[N];
-        repeat<N>([&](auto r) { x[r] = simd::set1(weights[r*BLOCK + j]); });
-        repeat<D>([&](auto i) {
-            const vec y = simd::in_register(simd::load(v + j*stride + i*W));
-            repeat<N>([&](auto r) { sum[r][i] = simd::fma(x[r], y, sum[r][i]); });
-        });
-    }
-    repeat<N>([&](auto r) { repeat<D>([&](auto i) { simd::store(acc + r*stride + i*W, sum[r][i]); }); });
+    repeat<N>(
+        [&](auto r) { simd::store(scores + r * BLOCK, simd::add_groups(sum[r][0], sum[r][1], sum[r][2], sum[r][3])); });
 }
 
 template <int N, class F> void with_constant(int64_t n, const F & f) {
@@ -165,12 +155,129 @@ template <int N, class F> void with_constant(int64_t n, const F & f) {
     }
 }
 
+// acc = factor*acc + weights of keys [first, last) times their values: D vectors, which values(key, put) puts
+template <int N, int D, class V>
+LMINF_SIMD_FLATTEN void add_values(const float * weights, const float * factors, const V & values, int64_t first,
+    int64_t last, float * acc, int64_t stride) {
+    vec sum[N][D];
+    repeat<N>([&](auto r) {
+        const vec factor = simd::set1(factors[r]);
+        repeat<D>([&](auto i) { sum[r][i] = simd::mul(simd::load(acc + r * stride + i * W), factor); });
+    });
+    for (int64_t j = first; j < last; ++j) {
+        vec x[N];
+        repeat<N>([&](auto r) { x[r] = simd::set1(weights[r * BLOCK + j]); });
+        values(j, [&](auto i, vec y) {
+            const vec value = simd::in_register(y);
+            repeat<N>([&](auto r) { sum[r][i] = simd::fma(x[r], value, sum[r][i]); });
+        });
+    }
+    repeat<N>([&](auto r) { repeat<D>([&](auto i) { simd::store(acc + r * stride + i * W, sum[r][i]); }); });
+}
+
+// Weights of N rows for a unit's numbers: times its factors where it has any. All go the same way to the same bits.
+template <int N> const float * unit_weights(const float * weights, const float * v_factors, int64_t unit, float * dst) {
+    if (!v_factors) {
+        return weights;
+    }
+    for (int64_t i = 0; i < BLOCK; i += W) {
+        const vec factor = simd::load(v_factors + unit * BLOCK + i);
+        repeat<N>(
+            [&](auto r) { simd::store(dst + r * BLOCK + i, simd::mul(simd::load(weights + r * BLOCK + i), factor)); });
+    }
+    return dst;
+}
+
+constexpr int UNIT_VECS = LMINF_SIMD_UNIT / W;
+constexpr int MAX_VECS  = UNIT_VECS < 4 ? UNIT_VECS : 4;
+
+// from what unpack_values() left
+template <int N>
+void add_unpacked_values(const float * weights, const float * factors, const float * v, const float * v_factors,
+    int64_t first, int64_t last, int64_t n_embd, float * acc) {
+    const int64_t stride = padded(n_embd);
+    const int64_t n_vec  = divide_up(n_embd, W);
+    const float * w      = weights;
+    float         buffer[N * BLOCK];
+    for (int64_t i_vec = 0; i_vec < n_vec; i_vec += MAX_VECS) {
+        if (i_vec % UNIT_VECS == 0) {
+            w = unit_weights<N>(weights, v_factors, i_vec / UNIT_VECS, buffer);
+        }
+        with_constant<MAX_VECS>(std::min<int64_t>(n_vec - i_vec, MAX_VECS), [&](auto d) {
+            const auto values = [=](int64_t j, const auto & put) {
+                repeat<d>([&](auto i) { put(i, simd::load(v + j * stride + (i_vec + i) * W)); });
+            };
+            add_values<N, d>(w, factors, values, first, last, acc + i_vec * W, stride);
+        });
+    }
+}
+
+// From packed rows, where so few query rows need them that they fit into the registers beside a unit. The same bits.
+constexpr int PACKED_ROWS = simd::ROWS * 4 / UNIT_VECS < simd::ROWS ? simd::ROWS * 4 / UNIT_VECS : simd::ROWS;
+
+template <ggml_type TYPE>
+void add_packed_values(int64_t n_rows, const float * weights, const float * factors, const char * const * rows,
+    const float * v_factors, int64_t first, int64_t last, int64_t n_embd, size_t ahead, float * acc) {
+    float buffer[PACKED_ROWS * BLOCK];
+    for (int64_t unit = 0; unit < n_embd / LMINF_SIMD_UNIT; ++unit) {
+        const int64_t offset = unit * unit_bytes(TYPE);
+        const auto    values = [=](int64_t j, const auto & put) {
+            prefetch_unit<TYPE>(rows[j] + offset + ahead, unit == 0);
+            simd::unpack_numbers<TYPE>(rows[j] + offset, put);
+        };
+        with_constant<PACKED_ROWS>(n_rows, [&](auto n) {
+            const float * w = unit_weights<n>(weights, v_factors, unit, buffer);
+            add_values<n, UNIT_VECS>(w, factors, values, first, last, acc + unit * LMINF_SIMD_UNIT, n_embd);
+        });
+    }
+}
+
 // f(number of rows, first row), with numbers that are as equal as they can be
 template <class F> void for_rows(int64_t first, int64_t last, const F & f) {
     while (first < last) {
         const int64_t n = divide_up(last - first, divide_up(last - first, simd::ROWS));
         with_constant<simd::ROWS>(n, [&](auto n_rows) { f(n_rows, first); });
         first += n;
+    }
+}
+
+// ---- the one dispatch: what is done with rows of a type ----
+
+struct type_functions {
+    using unpack = void (*)(
+        const char * const * rows, int64_t first, int64_t last, int64_t n_embd, size_t ahead, float * dst);
+
+    unpack                                      keys;
+    unpack                                      values;
+    decltype(&unpack_factors<GGML_TYPE_Q8_0>)   factors; // NULL: it has none
+    decltype(&add_packed_values<GGML_TYPE_F32>) add_packed;
+};
+
+template <ggml_type TYPE> const type_functions & functions_of() {
+    static const type_functions res = {unpack_keys<TYPE>, unpack_values<TYPE>,
+        simd::has_factor(TYPE) ? unpack_factors<TYPE> : nullptr, add_packed_values<TYPE>};
+    return res;
+}
+
+// other types are unpacked by ggml before
+inline bool is_unpacked_here(ggml_type type) {
+    switch (type) {
+        case GGML_TYPE_F32:
+        case GGML_TYPE_F16:
+        case GGML_TYPE_BF16:
+        case GGML_TYPE_Q8_0:
+        case GGML_TYPE_Q4_0: return true;
+        default: return false;
+    }
+}
+
+const type_functions & functions_of(ggml_type type) {
+    switch (type) {
+        case GGML_TYPE_F32: return functions_of<GGML_TYPE_F32>();
+        case GGML_TYPE_F16: return functions_of<GGML_TYPE_F16>();
+        case GGML_TYPE_BF16: return functions_of<GGML_TYPE_BF16>();
+        case GGML_TYPE_Q8_0: return functions_of<GGML_TYPE_Q8_0>();
+        default: return functions_of<GGML_TYPE_Q4_0>();
     }
 }
 
@@ -193,7 +300,7 @@ vec logits_of(vec scores, const logit_params & params, int64_t lane) {
     if (params.slope != 0.0f) {
         float distances[W];
         for (int i = 0; i < W; ++i) {
-            distances[i] = std::min(params.distance - (float) (lane + i), params.clamp);
+            distances[i] = std::min(params.distance - (float)(lane + i), params.clamp);
         }
         x = simd::fma(simd::set1(-params.slope), simd::load(distances), x);
     }
@@ -205,7 +312,8 @@ float soften(float * scores, uint32_t visible, const logit_params & params, floa
     vec x[N_VEC];
     vec best = simd::set1(NOTHING);
     for (int i = 0; i < N_VEC; ++i) {
-        x[i] = simd::select(visible >> (i*W), logits_of(simd::load(scores + i*W), params, i*W), simd::set1(NOTHING));
+        x[i] =
+            simd::select(visible >> (i * W), logits_of(simd::load(scores + i * W), params, i * W), simd::set1(NOTHING));
         best = simd::max(best, x[i]);
     }
     const float new_max = std::max(*max, simd::max_of(best));
@@ -213,13 +321,13 @@ float soften(float * scores, uint32_t visible, const logit_params & params, floa
         std::fill_n(scores, BLOCK, 0.0f);
         return 1.0f;
     }
-    const vec shift  = simd::set1(new_max);
+    const vec   shift  = simd::set1(new_max);
     const float factor = simd::exp(*max - new_max);
-    vec       sum    = simd::set1(0.0f);
+    vec         sum    = simd::set1(0.0f);
     for (int i = 0; i < N_VEC; ++i) {
         x[i] = simd::exp(simd::sub(x[i], shift));
         sum  = simd::add(sum, x[i]);
-        simd::store(scores + i*W, x[i]);
+        simd::store(scores + i * W, x[i]);
     }
     simd::store(sums, simd::fma(simd::load(sums), simd::set1(factor), sum));
     *max = new_max;
@@ -260,7 +368,7 @@ struct part_row {
             const vec kept = simd::mul(simd::load(values + i), simd::set1(factor));
             simd::store(values + i, simd::fma(simd::load(other.values + i), simd::set1(other_factor), kept));
         }
-        sum() = std::fma(other.sum(), other_factor, sum()*factor);
+        sum() = std::fma(other.sum(), other_factor, sum() * factor);
     }
 
     // a logit that counts without a value

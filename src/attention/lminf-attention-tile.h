@@ -14,6 +14,7 @@ constexpr int64_t TILE_ROWS = 128; // query vectors that share an unpacked key; 
 struct scratch {
     float * k;
     float * v;
+    float * v_factors;  // [units][BLOCK]
     float * scores;     // [rows][BLOCK]
     float * scores_far; // the same, sink tokens scored with far_k
     float * max;        // [rows]
@@ -21,6 +22,7 @@ struct scratch {
     float * sums;       // [rows][W]
     float * acc;        // [rows][padded(n_embd_v)]
     float * part;       // one row
+    float * converted;  // [BLOCK] rows of a type that only ggml unpacks
     float * total;      // rows of results
 
     // sets the pointers from `data` on, and says how many floats they need
@@ -31,22 +33,24 @@ struct scratch {
             n += padded(size);
             return res;
         };
-        k          = take(BLOCK*padded(n_embd_k));
-        v          = take(BLOCK*padded(n_embd_v));
-        scores     = take(n_rows*BLOCK);
-        scores_far = take(n_rows*BLOCK);
+        k          = take(BLOCK * padded(n_embd_k));
+        v          = take(BLOCK * padded(n_embd_v));
+        v_factors  = take(divide_up(n_embd_v, LMINF_SIMD_UNIT) * BLOCK);
+        scores     = take(n_rows * BLOCK);
+        scores_far = take(n_rows * BLOCK);
         max        = take(n_rows);
         factors    = take(n_rows);
-        sums       = take(n_rows*W);
-        acc        = take(n_rows*padded(n_embd_v));
+        sums       = take(n_rows * W);
+        acc        = take(n_rows * padded(n_embd_v));
         part       = take(part_row::size(n_embd_v));
-        total      = take(n_rows*part_row::size(n_embd_v));
+        converted  = take(BLOCK * padded(std::max(n_embd_k, n_embd_v)));
+        total      = take(n_rows * part_row::size(n_embd_v));
         return n;
     }
 };
 
 int64_t max_tile_rows(const lminf_attention_job & job) {
-    return std::max(TILE_ROWS, job.n_head/job.n_head_kv);
+    return std::max(TILE_ROWS, job.n_head / job.n_head_kv);
 }
 
 class tile_worker {
@@ -55,19 +59,26 @@ public:
     const int64_t n_group; // query heads of it
     const int64_t n_rows;  // all query heads of a token, then those of the next
 
-    tile_worker(const lminf_attention_job & job_, const lminf_attention_tile & tile_, int64_t head_kv_, const scratch & mem_) :
-        head_kv(head_kv_), n_group(job_.n_head/job_.n_head_kv), n_rows(tile_.n_tokens*n_group), job(job_), tile(tile_),
-        queries(job.queries + tile.token), stream(job.streams[queries->stream]), mem(mem_),
+    tile_worker(
+        const lminf_attention_job & job_, const lminf_attention_tile & tile_, int64_t head_kv_, const scratch & mem_) :
+        head_kv(head_kv_),
+        n_group(job_.n_head / job_.n_head_kv),
+        n_rows(tile_.n_tokens * n_group),
+        job(job_),
+        tile(tile_),
+        queries(job.queries + tile.token),
+        stream(job.streams[queries->stream]),
+        mem(mem_),
         n_sink_parts(divide_up(tile.sinks, PART)) {}
 
     // the parts of sink tokens come first
     void compute_part(int64_t i_part) {
         std::fill_n(mem.max, n_rows, NOTHING);
-        std::fill_n(mem.sums, n_rows*W, 0.0f);
-        std::fill_n(mem.acc, n_rows*padded(job.n_embd_v), 0.0f);
+        std::fill_n(mem.sums, n_rows * W, 0.0f);
+        std::fill_n(mem.acc, n_rows * padded(job.n_embd_v), 0.0f);
 
         const bool    sinks = i_part < n_sink_parts;
-        const int64_t first = (sinks ? i_part : tile.begin/PART + i_part - n_sink_parts)*PART;
+        const int64_t first = (sinks ? i_part : tile.begin / PART + i_part - n_sink_parts) * PART;
         const int64_t last  = std::min(first + PART, sinks ? tile.sinks : tile.end);
         run                 = find_run(first);
         for (int64_t pos = first; pos < last; pos += BLOCK) {
@@ -77,25 +88,25 @@ public:
 
     // what compute_part() left for a row
     part_row write_part(int64_t row, float * dst) const {
-        const part_row part = { dst, padded(job.n_embd_v) };
+        const part_row part = {dst, padded(job.n_embd_v)};
         for (int64_t i = 0; i < part.n; i += W) {
             // + 0: so that a zero's sign does not tell whether there were keys that the row did not see
-            simd::store(dst + i, simd::add(simd::load(mem.acc + row*part.n + i), simd::set1(0.0f)));
+            simd::store(dst + i, simd::add(simd::load(mem.acc + row * part.n + i), simd::set1(0.0f)));
         }
         part.max() = mem.max[row];
-        part.sum() = simd::sum_of(simd::load(mem.sums + row*W));
+        part.sum() = simd::sum_of(simd::load(mem.sums + row * W));
         return part;
     }
 
     void finish(int64_t row, const part_row & total) const {
-        const int64_t head = head_kv*n_group + row%n_group;
+        const int64_t head = head_kv * n_group + row % n_group;
         if (job.sink_logits) {
             total.join_logit(job.sink_logits[head]);
         }
-        const int64_t i_dst = (tile.token + row/n_group)*job.n_head + head;
+        const int64_t i_dst = (tile.token + row / n_group) * job.n_head + head;
         if (job.parts) {
-            float * dst = job.dst + i_dst*(job.n_embd_v + 2);
-            memcpy(dst, total.values, job.n_embd_v*sizeof(float));
+            float * dst = job.dst + i_dst * (job.n_embd_v + 2);
+            memcpy(dst, total.values, job.n_embd_v * sizeof(float));
             dst[job.n_embd_v]     = total.max();
             dst[job.n_embd_v + 1] = total.sum();
             return;
@@ -104,15 +115,15 @@ public:
         for (int64_t i = 0; i < total.n; i += W) {
             simd::store(total.values + i, simd::div(simd::load(total.values + i), simd::set1(sum)));
         }
-        memcpy(job.dst + i_dst*job.n_embd_v, total.values, job.n_embd_v*sizeof(float));
+        memcpy(job.dst + i_dst * job.n_embd_v, total.values, job.n_embd_v * sizeof(float));
     }
 
 private:
-    const lminf_attention_job &        job;
-    const lminf_attention_tile & tile;
-    const lminf_attention_query *      queries;
-    const lminf_attention_stream &     stream;
-    const scratch &                    mem;
+    const lminf_attention_job &    job;
+    const lminf_attention_tile &   tile;
+    const lminf_attention_query *  queries;
+    const lminf_attention_stream & stream;
+    const scratch &                mem;
 
     const int64_t n_sink_parts;
 
@@ -124,11 +135,11 @@ private:
         int64_t last;
 
         bool     empty() const { return first >= last; }
-        uint32_t bits() const { return empty() ? 0 : (uint32_t) ((1ull << last) - (1ull << first)); }
+        uint32_t bits() const { return empty() ? 0 : (uint32_t)((1ull << last) - (1ull << first)); }
     };
 
     static range cut(int64_t first, int64_t last, int64_t pos) {
-        return { std::clamp<int64_t>(first - pos, 0, BLOCK), std::clamp<int64_t>(last - pos, 0, BLOCK) };
+        return {std::clamp<int64_t>(first - pos, 0, BLOCK), std::clamp<int64_t>(last - pos, 0, BLOCK)};
     }
 
     // the tokens of the tile that see something of a block, and all that they see
@@ -140,8 +151,8 @@ private:
             if (seen.empty()) {
                 return;
             }
-            tokens = keys.empty() ? range{ token, token + 1 } : range{ tokens.first, token + 1 };
-            keys   = keys.empty() ? seen : range{ std::min(keys.first, seen.first), std::max(keys.last, seen.last) };
+            tokens = keys.empty() ? range{token, token + 1} : range{tokens.first, token + 1};
+            keys   = keys.empty() ? seen : range{std::min(keys.first, seen.first), std::max(keys.last, seen.last)};
         }
     };
 
@@ -159,7 +170,8 @@ private:
         }
         for (int64_t i = run; i < stream.n_runs && stream.runs[i].pos < pos + keys.last; ++i) {
             const lminf_run & found = stream.runs[i];
-            const range       part  = cut(std::max(found.pos, pos + keys.first), std::min(found.pos + found.n, pos + keys.last), pos);
+            const range       part =
+                cut(std::max(found.pos, pos + keys.first), std::min(found.pos + found.n, pos + keys.last), pos);
             if (!there) {
                 std::fill_n(cells, BLOCK, found.cell + pos + part.first - found.pos);
             }
@@ -171,25 +183,52 @@ private:
         return there;
     }
 
-    void unpack(const lminf_rows & source, bool keys, const int64_t * cells, const range & seen, int64_t n_embd, float * dst) const {
-        const char * head = source.data + head_kv*source.head_stride;
+    // the rows of some cells
+    struct found_rows {
+        ggml_type    type;
         const char * rows[BLOCK];
+        size_t       ahead; // by how much the next block's are ahead of them
+    };
+
+    found_rows find_rows(const lminf_rows & source, const int64_t * cells, const range & seen, int64_t n_embd) const {
+        found_rows   res  = {source.type, {}, BLOCK * source.row_stride};
+        const char * head = source.data + head_kv * source.head_stride;
         for (int64_t i = 0; i < BLOCK; ++i) {
-            rows[i] = head + cells[i]*source.row_stride;
+            res.rows[i] = head + cells[i] * source.row_stride;
         }
-        unpacker_of(source.type, keys)(rows, seen.first, seen.last, n_embd, BLOCK*source.row_stride, dst);
+        if (!is_unpacked_here(source.type)) {
+            convert(res, seen, n_embd);
+        }
+        return res;
     }
 
-    void score(const lminf_rows & keys, const int64_t * cells, const lminf_attention_vectors & q, const view & seen, float * scores) const {
-        unpack(keys, true, cells, seen.keys, job.n_embd_k, mem.k);
-        for_rows(seen.tokens.first*n_group, seen.tokens.last*n_group, [&](auto n, int64_t row) {
+    // by ggml, into floats
+    void convert(found_rows & found, const range & seen, int64_t n_embd) const {
+        const auto to_float = ggml_get_type_traits(found.type)->to_float;
+        for (int64_t i = 0; i < BLOCK; ++i) {
+            float * row = mem.converted + i * padded(n_embd);
+            if (i < seen.first / W * W || i >= divide_up(seen.last, W) * W) {
+                continue; // nobody looks at it
+            }
+            to_float(found.rows[i], row, n_embd);
+            found.rows[i] = (const char *)row;
+        }
+        found.type  = GGML_TYPE_F32;
+        found.ahead = 0;
+    }
+
+    void score(
+        const lminf_rows & keys, const int64_t * cells, const lminf_attention_vectors & q, const view & seen, float * scores) const {
+        const found_rows found = find_rows(keys, cells, seen.keys, job.n_embd_k);
+        functions_of(found.type).keys(found.rows, seen.keys.first, seen.keys.last, job.n_embd_k, found.ahead, mem.k);
+        for_rows(seen.tokens.first * n_group, seen.tokens.last * n_group, [&](auto n, int64_t row) {
             const float * vectors[n];
             for (int r = 0; r < n; ++r) {
-                vectors[r] = (const float *) ((const char *) q.data + (tile.token + (row + r)/n_group)*q.token_stride +
-                                              (head_kv*n_group + (row + r)%n_group)*q.head_stride);
+                vectors[r] = (const float *)((const char *)q.data + (tile.token + (row + r) / n_group) * q.token_stride +
+                    (head_kv * n_group + (row + r) % n_group) * q.head_stride);
             }
-            for (int64_t i = seen.keys.first/W*W; i < seen.keys.last; i += W) {
-                multiply_keys<n>(vectors, mem.k + i*padded(job.n_embd_k), job.n_embd_k, scores + row*BLOCK + i);
+            for (int64_t i = seen.keys.first / W * W; i < seen.keys.last; i += W) {
+                multiply_keys<n>(vectors, mem.k + i * padded(job.n_embd_k), job.n_embd_k, scores + row * BLOCK + i);
             }
         });
     }
@@ -233,35 +272,45 @@ private:
     }
 
     void weigh(int64_t pos, bool sinks, uint32_t there, const range & tokens) const {
-        const bool    softcap  = job.softcap != 0.0f;
-        const int64_t n_clamp  = std::min<int64_t>(job.n_clamp, 1 << 23);
-        logit_params  params   = { softcap ? job.scale/job.softcap : job.scale, job.softcap, 0.0f, 0.0f, (float) n_clamp };
+        const bool    softcap = job.softcap != 0.0f;
+        const int64_t n_clamp = std::min<int64_t>(job.n_clamp, 1 << 23);
+        logit_params  params = {softcap ? job.scale / job.softcap : job.scale, job.softcap, 0.0f, 0.0f, (float)n_clamp};
         for (int64_t token = tokens.first; token < tokens.last; ++token) {
-            const auto &   query    = queries[token];
-            const range    far      = cut(0, sinks ? query.sinks_far : 0, pos);
-            const range    seen     = sinks ? cut(0, query.sinks, pos) : cut(query.begin, query.end, pos);
-            const uint32_t visible  = seen.bits() & there;
-            params.distance         = (float) std::min(query.pos - pos, n_clamp + BLOCK);
+            const auto &   query   = queries[token];
+            const range    far     = cut(0, sinks ? query.sinks_far : 0, pos);
+            const range    seen    = sinks ? cut(0, query.sinks, pos) : cut(query.begin, query.end, pos);
+            const uint32_t visible = seen.bits() & there;
+            params.distance        = (float)std::min(query.pos - pos, n_clamp + BLOCK);
             for (int64_t i = 0; i < n_group; ++i) {
-                const int64_t row = token*n_group + i;
-                params.slope      = job.slopes ? job.slopes[head_kv*n_group + i] : 0.0f;
-                std::copy_n(mem.scores_far + row*BLOCK, far.last, mem.scores + row*BLOCK);
-                mem.factors[row] = soften(mem.scores + row*BLOCK, visible, params, mem.max + row, mem.sums + row*W);
+                const int64_t row = token * n_group + i;
+                params.slope      = job.slopes ? job.slopes[head_kv * n_group + i] : 0.0f;
+                std::copy_n(mem.scores_far + row * BLOCK, far.last, mem.scores + row * BLOCK);
+                mem.factors[row] = soften(mem.scores + row * BLOCK, visible, params, mem.max + row, mem.sums + row * W);
             }
         }
     }
 
     void add_weighted(const int64_t * cells, const view & seen) {
-        unpack(stream.v, false, cells, seen.keys, job.n_embd_v, mem.v);
-        const int64_t stride = padded(job.n_embd_v);
-        const int64_t n_vec  = divide_up(job.n_embd_v, W);
-        for_rows(seen.tokens.first*n_group, seen.tokens.last*n_group, [&](auto n, int64_t row) {
-            for (int64_t i = 0; i < n_vec; i += 4) {
-                with_constant<4>(std::min<int64_t>(n_vec - i, 4), [&](auto d) {
-                    add_values<n, d>(mem.scores + row*BLOCK, mem.factors + row, mem.v + i*W, stride, seen.keys.first,
-                        seen.keys.last, mem.acc + row*stride + i*W);
-                });
-            }
+        const found_rows found  = find_rows(stream.v, cells, seen.keys, job.n_embd_v);
+        const auto &  functions = functions_of(found.type);
+        const int64_t first_row = seen.tokens.first * n_group;
+        const int64_t last_row  = seen.tokens.last * n_group;
+        const int64_t n_embd    = job.n_embd_v;
+        const auto    scores    = [&](int64_t row) { return mem.scores + row * BLOCK; };
+        const auto    acc       = [&](int64_t row) { return mem.acc + row * padded(n_embd); };
+        if (functions.factors) {
+            functions.factors(found.rows, seen.keys.first, seen.keys.last, n_embd, mem.v_factors);
+        }
+        const float * v_factors = functions.factors ? mem.v_factors : nullptr;
+        if (last_row - first_row <= PACKED_ROWS && n_embd % LMINF_SIMD_UNIT == 0) {
+            functions.add_packed(last_row - first_row, scores(first_row), mem.factors + first_row, found.rows, v_factors,
+                seen.keys.first, seen.keys.last, n_embd, found.ahead, acc(first_row));
+            return;
+        }
+        functions.values(found.rows, seen.keys.first, seen.keys.last, n_embd, found.ahead, mem.v);
+        for_rows(first_row, last_row, [&](auto n, int64_t row) {
+            add_unpacked_values<n>(
+                scores(row), mem.factors + row, mem.v, v_factors, seen.keys.first, seen.keys.last, n_embd, acc(row));
         });
     }
 };

@@ -9,12 +9,14 @@ namespace {
 
 constexpr int64_t MAX_UNITS = 512;      // tiles and heads whose keys threads share
 constexpr size_t  MAX_BYTES = 32 << 20; // of their parts
+constexpr size_t  FEW_BYTES = 256 << 10;
 constexpr size_t  ALIGNMENT = 64;
 
 constexpr int64_t MIN_TILE_ROWS    = 32;
 constexpr int64_t UNITS_PER_THREAD = 4;
 
-// a row of partial results: values that are not divided, then the largest logit and t// adds a query to a tile unless it is of another stream or far from the others
+// a row of partial results: values that are not divided, then the largest logit and t// adds a query to a tile unless
+// it is of another stream or far from the others
 bool add_query(const lminf_attention_job & job, int64_t token, lminf_attention_tile & tile) {
     const auto & query  = job.queries[token];
     const bool   window = query.begin < query.end;
@@ -39,11 +41,11 @@ bool add_query(const lminf_attention_job & job, int64_t token, lminf_attention_t
 struct work_counters {
     std::atomic<int32_t> next_unit;
     std::atomic<int32_t> n_left; // threads that have nothing more to do
-    char                 padding[ALIGNMENT - 2*sizeof(std::atomic<int32_t>)];
+    char                 padding[ALIGNMENT - 2 * sizeof(std::atomic<int32_t>)];
     std::atomic<int32_t> n_done[MAX_UNITS]; // parts, of each tile and head
 };
 
-static_assert(sizeof(work_counters)%ALIGNMENT == 0, "parts follow");
+static_assert(sizeof(work_counters) % ALIGNMENT == 0, "parts follow");
 
 // the work area: counters, then parts, then each thread's own
 struct work_area {
@@ -53,35 +55,38 @@ struct work_area {
     size_t  bytes_of_thread;
 
     work_area(const lminf_attention_job & job, int64_t n_part_rows, void * work) :
-        data((char *) work), part_size(part_row::size(job.n_embd_v)),
-        bytes_of_parts(sizeof(float)*padded(n_part_rows*part_size)),
-        bytes_of_thread(sizeof(float)*scratch().divide(nullptr, job.n_embd_k, job.n_embd_v, max_tile_rows(job))) {}
+        data((char *)work),
+        part_size(part_row::size(job.n_embd_v)),
+        bytes_of_parts(sizeof(float) * padded(n_part_rows * part_size)),
+        bytes_of_thread(sizeof(float) * scratch().divide(nullptr, job.n_embd_k, job.n_embd_v, max_tile_rows(job))) {}
 
-    work_counters & counters() const { return *(work_counters *) data; }
+    work_counters & counters() const { return *(work_counters *)data; }
 
-    float * part(int64_t row) const { return (float *) (data + sizeof(work_counters)) + row*part_size; }
+    float * part(int64_t row) const { return (float *)(data + sizeof(work_counters)) + row * part_size; }
 
     float * thread(int ith) const {
-        return (float *) (data + sizeof(work_counters) + bytes_of_parts + ith*bytes_of_thread);
+        return (float *)(data + sizeof(work_counters) + bytes_of_parts + ith * bytes_of_thread);
     }
 
-    size_t size(int n_threads) const { return sizeof(work_counters) + bytes_of_parts + n_threads*bytes_of_thread; }
+    size_t size(int n_threads) const { return sizeof(work_counters) + bytes_of_parts + n_threads * bytes_of_thread; }
 };
 
 // one thread's share of a job
 class job_worker {
 public:
     job_worker(const lminf_attention_job & job_, const lminf_attention_plan & plan_, int ith, void * work) :
-        job(job_), plan(plan_), area(job, plan.n_part_rows, work) {
+        job(job_),
+        plan(plan_),
+        area(job, plan.n_part_rows, work) {
         mem.divide(area.thread(ith), job.n_embd_k, job.n_embd_v, max_tile_rows(job));
     }
 
-    int64_t n_units() const { return (plan.split ? plan.n_parts : (int64_t) plan.tiles.size())*job.n_head_kv; }
+    int64_t n_units() const { return (plan.split ? plan.n_parts : (int64_t)plan.tiles.size()) * job.n_head_kv; }
 
     // all parts of a tile, joined one after the other
     void compute_tile(int64_t unit) {
-        const auto & tile = plan.tiles[unit/job.n_head_kv];
-        tile_worker  worker(job, tile, unit%job.n_head_kv, mem);
+        const auto & tile = plan.tiles[unit / job.n_head_kv];
+        tile_worker  worker(job, tile, unit % job.n_head_kv, mem);
         for (int64_t row = 0; row < worker.n_rows; ++row) {
             total(row).clear();
         }
@@ -98,8 +103,8 @@ public:
 
     // one part of a tile; whoever computed the last one joins them, in their order
     void compute_part(int64_t unit) {
-        const int64_t head_kv = unit%job.n_head_kv;
-        int64_t       i_part  = unit/job.n_head_kv;
+        const int64_t head_kv = unit % job.n_head_kv;
+        int64_t       i_part  = unit / job.n_head_kv;
         size_t        i_tile  = 0;
         while (i_part >= plan.tiles[i_tile].n_parts) {
             i_part -= plan.tiles[i_tile++].n_parts;
@@ -108,13 +113,13 @@ public:
         tile_worker  worker(job, tile, head_kv, mem);
 
         const auto part = [&](int64_t i, int64_t row) {
-            return area.part(tile.first_row + ((i*job.n_head_kv + head_kv)*worker.n_rows + row));
+            return area.part(tile.first_row + ((i * job.n_head_kv + head_kv) * worker.n_rows + row));
         };
         worker.compute_part(i_part);
         for (int64_t row = 0; row < worker.n_rows; ++row) {
             worker.write_part(row, part(i_part, row));
         }
-        auto & n_done = area.counters().n_done[i_tile*job.n_head_kv + head_kv];
+        auto & n_done = area.counters().n_done[i_tile * job.n_head_kv + head_kv];
         if (n_done.fetch_add(1, std::memory_order_acq_rel) + 1 < tile.n_parts) {
             return;
         }
@@ -122,7 +127,7 @@ public:
         for (int64_t row = 0; row < worker.n_rows; ++row) {
             total(row).clear();
             for (int64_t i = 0; i < tile.n_parts; ++i) {
-                total(row).join({ part(i, row), padded(job.n_embd_v) });
+                total(row).join({part(i, row), padded(job.n_embd_v)});
             }
             worker.finish(row, total(row));
         }
@@ -134,7 +139,7 @@ private:
     const work_area              area;
     scratch                      mem;
 
-    part_row total(int64_t row) const { return { mem.total + row*area.part_size, padded(job.n_embd_v) }; }
+    part_row total(int64_t row) const { return {mem.total + row * area.part_size, padded(job.n_embd_v)}; }
 };
 
 } // namespace
@@ -142,11 +147,13 @@ private:
 void lminf_attention_plan::make(const lminf_attention_job & job, int n) {
     n_threads = n;
 
-    // few queries: smaller tiles, down to where unpacking would cost, and after that shared keys, give threads enough to do
-    const int64_t n_group    = job.n_head/job.n_head_kv;
-    const int64_t n_wanted   = n_threads > 1 ? UNITS_PER_THREAD*n_threads : 0;
-    int64_t       max_tokens = max_tile_rows(job)/n_group;
-    while (max_tokens*n_group >= 2*MIN_TILE_ROWS && divide_up(job.n_tokens, max_tokens)*job.n_head_kv < n_wanted) {
+    // few queries: smaller tiles, down to where unpacking would cost, and after that shared keys, give threads enough
+    // to do
+    const int64_t n_group    = job.n_head / job.n_head_kv;
+    const int64_t n_wanted   = UNITS_PER_THREAD * n_threads;
+    int64_t       max_tokens = max_tile_rows(job) / n_group;
+    while (n_threads > 1 && max_tokens * n_group >= 2 * MIN_TILE_ROWS &&
+        divide_up(job.n_tokens, max_tokens) * job.n_head_kv < n_wanted) {
         max_tokens = divide_up(max_tokens, 2);
     }
     tiles.clear();
@@ -154,20 +161,22 @@ void lminf_attention_plan::make(const lminf_attention_job & job, int n) {
     n_part_rows = 0;
     for (int64_t token = 0; token < job.n_tokens; ++token) {
         if (tiles.empty() || tiles.back().n_tokens == max_tokens || !add_query(job, token, tiles.back())) {
-            tiles.push_back({ token, 0, 0, 0, 0, 0, 0 });
+            tiles.push_back({token, 0, 0, 0, 0, 0, 0});
             add_query(job, token, tiles.back());
         }
     }
     for (auto & tile : tiles) {
-        tile.n_parts   = divide_up(tile.sinks, PART) + (tile.begin < tile.end ? (tile.end - 1)/PART - tile.begin/PART + 1 : 0);
+        tile.n_parts =
+            divide_up(tile.sinks, PART) + (tile.begin < tile.end ? (tile.end - 1) / PART - tile.begin / PART + 1 : 0);
         tile.n_parts   = std::max<int64_t>(tile.n_parts, 1); // somebody has to write its results
         tile.first_row = n_part_rows;
         n_parts += tile.n_parts;
-        n_part_rows += tile.n_parts*tile.n_tokens*job.n_head;
+        n_part_rows += tile.n_parts * tile.n_tokens * job.n_head;
     }
-    const int64_t n_units = (int64_t) tiles.size()*job.n_head_kv;
-    split                 = n_units < n_wanted && n_units <= MAX_UNITS &&
-            n_part_rows*part_row::size(job.n_embd_v)*sizeof(float) <= MAX_BYTES;
+    // where parts are few, they cost nothing, and heads that lie side by side in memory are read together
+    const int64_t n_units = (int64_t)tiles.size() * job.n_head_kv;
+    const size_t  n_bytes = n_part_rows * part_row::size(job.n_embd_v) * sizeof(float);
+    split       = n_units <= MAX_UNITS && (n_bytes <= FEW_BYTES || (n_units < n_wanted && n_bytes <= MAX_BYTES));
     n_part_rows = split ? n_part_rows : 0;
 }
 
@@ -176,17 +185,18 @@ size_t lminf_attention_plan::work_size(const lminf_attention_job & job) const {
 }
 
 size_t lminf_attention_work_size(const lminf_attention_job & job, int64_t n_tokens, int64_t n_keys, int n_threads) {
-    // two windows of n_keys are touched by the queries of a tile at most, and two parts more than they fill
-    const int64_t n_rows = (2*divide_up(n_keys, PART) + 3)*n_tokens*job.n_head;
-    const int64_t n_max  = MAX_BYTES/(part_row::size(job.n_embd_v)*sizeof(float));
-    return work_area(job, n_threads > 1 ? std::min(n_rows, n_max) : 0, nullptr).size(n_threads);
+    // the queries of a tile see no more than two windows, and those begin and end somewhere in a part
+    const int64_t n_parts = 2 * divide_up(n_keys, PART) + 3;
+    const int64_t n_rows = std::min(n_tokens * job.n_head, UNITS_PER_THREAD * n_threads * max_tile_rows(job)) * n_parts;
+    const int64_t row_size = part_row::size(job.n_embd_v) * sizeof(float);
+    return work_area(job, std::clamp<int64_t>(n_rows, FEW_BYTES / row_size, MAX_BYTES / row_size), nullptr)
+        .size(n_threads);
 }
 
 bool lminf_attention_serves(ggml_type type_k, ggml_type type_v, int64_t n_embd_k, int64_t n_embd_v) {
     const auto serves = [](ggml_type type, int64_t n_embd) {
-        const bool quantized = type == GGML_TYPE_Q8_0 || type == GGML_TYPE_Q4_0;
-        const bool plain     = type == GGML_TYPE_F32 || type == GGML_TYPE_F16 || type == GGML_TYPE_BF16;
-        return (plain && n_embd > 0 && n_embd%8 == 0) || (quantized && n_embd > 0 && n_embd%LMINF_SIMD_UNIT == 0);
+        return n_embd > 0 && n_embd % std::max<int64_t>(8, ggml_blck_size(type)) == 0 &&
+            (is_unpacked_here(type) || ggml_get_type_traits(type)->to_float);
     };
     return serves(type_k, n_embd_k) && serves(type_v, n_embd_v);
 }
@@ -202,7 +212,7 @@ void lminf_attention_work_init(void * work) {
 
 void lminf_attention_compute(
     const lminf_attention_job & job, const lminf_attention_plan & plan, int ith, int nth, void * work) {
-    auto &     counters = *(work_counters *) work;
+    auto &     counters = *(work_counters *)work;
     job_worker worker(job, plan, ith, work);
     for (;;) {
         const int64_t unit = counters.next_unit.fetch_add(1, std::memory_order_relaxed);

@@ -1,4 +1,5 @@
-// Attention over sink tokens and a window of keys, on the CPU, for f32, f16, bf16, q8_0 and q4_0 caches.
+// Attention over sink tokens and a window of keys, on the CPU: fast for f32, f16, bf16, q8_0 and q4_0 caches, for other types of ggml by
+// its conversion into floats.
 //
 // Knows nothing of llama.cpp's caches: whoever calls it says which positions each query sees and in which cells they
 // lie. No mask is read, and no cell that nobody sees.
@@ -91,10 +92,10 @@ struct lminf_attention_tile {
 // heads and on its queries, so one plan serves all layers of a micro-batch that are alike.
 struct lminf_attention_plan {
     std::vector<lminf_attention_tile> tiles;
-    bool              split       = false; // whether threads share the keys of a tile
-    int64_t           n_parts     = 0;     // of all tiles
-    int64_t           n_part_rows = 0;     // what they leave in the work area
-    int               n_threads   = 0;
+    bool                              split       = false; // whether threads share the keys of a tile
+    int64_t                           n_parts     = 0; // of all tiles
+    int64_t                           n_part_rows = 0; // what they leave in the work area
+    int                               n_threads   = 0;
 
     // keeps the memory of the vector: nothing is allocated where a plan is made again for no more tiles
     void make(const lminf_attention_job & job, int n_threads);
@@ -103,10 +104,11 @@ struct lminf_attention_plan {
     size_t work_size(const lminf_attention_job & job) const;
 };
 
-// whether there is a kernel for these; others are for llama.cpp's own attention
+// whether it can be used for these; others are for llama.cpp's own attention
 bool lminf_attention_serves(ggml_type type_k, ggml_type type_v, int64_t n_embd_k, int64_t n_embd_v);
 
-// bytes that suffice for every job of up to n_tokens that see up to n_keys each (the job's shapes count, not its queries)
+// bytes that suffice for every job of up to n_tokens that see up to n_keys each (the job's shapes count, not its
+// queries)
 size_t lminf_attention_work_size(const lminf_attention_job & job, int64_t n_tokens, int64_t n_keys, int n_threads);
 
 // Once after the work area is allocated. After that it is always ready: whoever finishes last leaves it so, and plans

@@ -13,6 +13,7 @@
 
 static constexpr uint32_t STATE_MAGIC   = 0x464e494c; // "LINF"
 static constexpr uint32_t STATE_VERSION = 3;
+static constexpr uint32_t STATE_END     = 0x444e4546; // "FEND"
 
 lminf_memory::lminf_memory(std::unique_ptr<llama_memory_i> inner, std::shared_ptr<lminf_cache_group> group) :
     group(std::move(group)), inner(std::move(inner)) {
@@ -248,7 +249,7 @@ std::map<ggml_backend_buffer_type_t, size_t> lminf_memory::memory_breakdown() co
 }
 
 //
-// states: magic number, version, number of sequences; how many parameters each cache has, and these; then what the memory writes
+// states: magic number, version, number of sequences; how many parameters each cache has, and these; what the memory writes; a closing mark
 //
 
 template <typename T>
@@ -258,7 +259,7 @@ static void write_value(llama_io_write_i & io, const T & value) {
 
 template <typename T>
 static T read_value(llama_io_read_i & io) {
-    T res;
+    T res = {}; // a file that ends early leaves it as it is
     io.read(&res, sizeof(res));
     return res;
 }
@@ -290,6 +291,7 @@ void lminf_memory::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama
         }
     }
     inner->state_write(io, seq_id, flags);
+    write_value(io, STATE_END);
 }
 
 void lminf_memory::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) {
@@ -326,6 +328,9 @@ void lminf_memory::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_s
     }
     try {
         inner->state_read(io, seq_id, flags);
+        if (read_value<uint32_t>(io) != STATE_END) {
+            throw std::runtime_error("the state is cut off or damaged");
+        }
     } catch (...) {
         // some tensors may be written, and others never will be: nothing of these sequences can be trusted
         empty(seq_id);

@@ -282,7 +282,7 @@ void lminf_middle::write(llama_io_write_i & io, int64_t seq_id, const lminf_sequ
 void lminf_middle::read(llama_io_read_i & io, int64_t seq_id, const lminf_sequence & seq) {
     const auto [slot, n] = rows(seq);
 
-    uint64_t head[2];
+    uint64_t head[2] = {};
     io.read(head, sizeof(head));
     if (head[0] != (uint64_t) n) {
         throw std::runtime_error("the state's middle tokens are damaged");

@@ -410,7 +410,7 @@ static std::string missing_key(const std::string & error, const std::string & ar
     return has_prefix(key) ? key.substr(arch.size() + 1) : key;
 }
 
-static llama_model_ptr load(const std::string & arch, const metadata_map & metadata) {
+static llama_model_ptr load(const std::string & arch, const metadata_map & metadata, ggml_backend_dev_t device) {
     gguf_context_ptr gguf(gguf_init_empty());
     gguf_set_val_str(gguf.get(), "general.architecture", arch.c_str());
     gguf_set_val_str(gguf.get(), "tokenizer.ggml.model", "no_vocab");
@@ -418,14 +418,14 @@ static llama_model_ptr load(const std::string & arch, const metadata_map & metad
         set_value(gguf.get(), has_prefix(key) ? arch + "." + key : key, value);
     }
 
-    ggml_backend_dev_t   devices[] = { nullptr }; // the CPU only
+    ggml_backend_dev_t   devices[] = { device, nullptr };
     llama_model_params   params    = llama_model_default_params();
     params.devices           = devices;
     params.progress_callback = [](float, void *) { return true; };
     return llama_model_ptr(llama_model_init_from_user(gguf.get(), set_random_weights, nullptr, params));
 }
 
-llama_model_ptr make_random_model(llm_arch arch, const metadata_map & given, std::string & error) {
+llama_model_ptr make_random_model(llm_arch arch, const metadata_map & given, std::string & error, ggml_backend_dev_t device) {
     const std::string name = llm_arch_name(arch);
 
     metadata_map          metadata = base_metadata() + metadata_of(name) + given;
@@ -439,7 +439,7 @@ llama_model_ptr make_random_model(llm_arch arch, const metadata_map & given, std
     llama_log_set(keep_error, nullptr);
     while (true) {
         last_log_error.clear();
-        if (auto model = load(name, metadata)) {
+        if (auto model = load(name, metadata, device)) {
             if (model->hparams.use_alibi) {
                 model->pos_embd = nullptr; // optional tensors are all made, but no model has both kinds of positions
             }

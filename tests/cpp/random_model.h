@@ -1,7 +1,7 @@
 // A tiny model of any architecture with seeded random weights, made in memory: no file, no download.
 //
-// Used by test_architectures.cpp. Includes private headers of llama.cpp, so the library's C++ symbols must be visible:
-// they are on Linux and macOS, where shared libraries export everything unless told otherwise.
+// Used by test_architectures.cpp and test_failures.cpp. Includes private headers of llama.cpp, so the library's C++ symbols
+// must be visible: they are on Linux and macOS, where shared libraries export everything unless told otherwise.
 
 #pragma once
 
@@ -20,5 +20,6 @@ using metadata_value = std::variant<uint32_t, float, bool, std::vector<uint32_t>
 using metadata_map = std::map<std::string, metadata_value>;
 
 // Makes a model from as little metadata as its architecture can be loaded with, and from what is given here. Returns NULL
-// if llama.cpp cannot load such a model; error then says why.
-llama_model_ptr make_random_model(llm_arch arch, const metadata_map & given, std::string & error);
+// if llama.cpp cannot load such a model; error then says why. Its layers are on the device, if one is given, else on the CPU.
+llama_model_ptr make_random_model(
+        llm_arch arch, const metadata_map & given, std::string & error, ggml_backend_dev_t device = nullptr);

@@ -1,7 +1,7 @@
 // Every architecture that llama.cpp knows, as a tiny random model: what the engine says of it, and, if it supports it,
 // whether the rules that need no reference hold.
 //
-//   test_architectures [--list] [--json] [--arch NAME]
+//   test_architectures [--list] [--json] [--arch NAME ...]
 //
 // --list prints the architectures, --json one object for each kind of model that was made of one. The exit status is 1 if
 // a check failed. tests/python/architectures.py runs it, a process for each architecture, and writes docs/architectures.md.
@@ -199,29 +199,32 @@ static void print_text(const report & report) {
 }
 
 int main(int argc, char ** argv) {
-    bool        list = false;
-    bool        json = false;
-    std::string only;
+    bool list = false;
+    bool json = false;
+
+    std::set<std::string> only; // all of them if empty
     for (int i = 1; i < argc; ++i) {
         if (strcmp(argv[i], "--list") == 0) {
             list = true;
         } else if (strcmp(argv[i], "--json") == 0) {
             json = true;
         } else if (strcmp(argv[i], "--arch") == 0 && i + 1 < argc) {
-            only = argv[++i];
+            only.insert(argv[++i]);
         } else {
-            fprintf(stderr, "usage: %s [--list] [--json] [--arch NAME]\n", argv[0]);
+            fprintf(stderr, "usage: %s [--list] [--json] [--arch NAME ...]\n", argv[0]);
             return 2;
         }
     }
-    if (!only.empty() && llm_arch_from_string(only) == LLM_ARCH_UNKNOWN) {
-        fprintf(stderr, "no architecture is called %s\n", only.c_str());
-        return 2;
+    for (const auto & name : only) {
+        if (llm_arch_from_string(name) == LLM_ARCH_UNKNOWN) {
+            fprintf(stderr, "no architecture is called %s\n", name.c_str());
+            return 2;
+        }
     }
 
     bool ok = true;
     for (const llm_arch arch : llm_arch_all()) {
-        if (arch == LLM_ARCH_UNKNOWN || (!only.empty() && only != llm_arch_name(arch))) {
+        if (arch == LLM_ARCH_UNKNOWN || (!only.empty() && !only.count(llm_arch_name(arch)))) {
             continue;
         }
         if (list) {

@@ -13,6 +13,7 @@ saved state (`lminf_memory::state_write()` in `src/cache/lminf-memory.cpp`, `lmi
     number of rows, 0 for a store in memory
     for each layer and each of its KV heads: with a first pass the mean of all keys, their factors and each word of
         their sketches; the rows of all keys, then those of all values; oldest first
+    closing mark
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ _ROWS = struct.Struct("<QQ")
 
 _MAGIC = 0x464E494C
 _VERSION = 3
+
+_N_END = 4
+"""Bytes of the closing mark."""
 
 _I_SKIPPED = 8
 """Place in the books of the first position that has a row."""
@@ -74,7 +78,7 @@ def with_repeated_rows(state: bytes, sections: Sequence[Section]) -> bytes:
         raise _unknown_format()
     n_past, *_, n_lost, n_skipped = _BOOKS.unpack_from(state, i_books)
     n_rows, n_wanted = n_past - max(n_lost, n_skipped), n_past - n_lost
-    begin = len(state) - sum(section.n_bytes(n_rows) for section in sections)
+    begin = len(state) - _N_END - sum(section.n_bytes(n_rows) for section in sections)
     if n_rows < 1 or begin < _ROWS.size or _ROWS.unpack_from(state, begin - _ROWS.size) != (n_rows, 0):
         raise _unknown_format()
     at = i_books + 8 * _I_SKIPPED
@@ -84,7 +88,7 @@ def with_repeated_rows(state: bytes, sections: Sequence[Section]) -> bytes:
         rows = state[begin : begin + section.n_bytes(n_rows)]
         parts += [*([rows] * n_times), rows[: n_more * section.size]] if section.per_token else [rows]
         begin += len(rows)
-    return b"".join(parts)
+    return b"".join([*parts, state[-_N_END:]])
 
 
 def _unknown_format() -> UnsupportedModelError:
