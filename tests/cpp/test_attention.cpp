@@ -1,15 +1,12 @@
 // The attention kernel against a naive one in float64, and against ggml's: what it computes, how exactly, and that its
 // bits depend on nothing but the query and what it sees.
 //
-// Compile with -DLMINF_TEST_WITHOUT_GGML where there is no ggml to link with (emulated machines).
 
 #include "check.h"
 
 #include "lminf-attention.h"
 
-#ifndef LMINF_TEST_WITHOUT_GGML
 #include "ggml-cpu.h"
-#endif
 
 #include <algorithm>
 #include <cmath>
@@ -388,7 +385,6 @@ bool same_bits(const std::vector<float> & a, const std::vector<float> & b) {
 
 const ggml_type TYPES[] = {GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_BF16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0};
 
-#ifndef LMINF_TEST_WITHOUT_GGML
 
 // ggml's flash attention on the same; one stream, no far sink tokens, no ALiBi
 std::vector<float> computed_by_ggml(const scene & all) {
@@ -478,7 +474,6 @@ void test_no_worse_than_ggml() {
     check_no_worse_than_ggml(s);
 }
 
-#endif
 
 // ---- statements ----
 
@@ -511,8 +506,47 @@ void test_all_types_and_sizes() {
             }
         }
     }
-    CHECK(!lminf_attention_serves(GGML_TYPE_Q4_1, GGML_TYPE_F16, 64, 64));
+    CHECK(!lminf_attention_serves(GGML_TYPE_Q4_1, GGML_TYPE_F16, 48, 64));
     CHECK(!lminf_attention_serves(GGML_TYPE_F16, GGML_TYPE_F16, 60, 64));
+}
+
+// Types that ggml unpacks give the bits of the floats that it unpacks them into.
+void check_converted(ggml_type type) {
+    const int64_t n_embd = 64, n_keys = 100;
+
+    std::vector<float> keys(n_keys * n_embd), q(n_embd);
+    srand(1);
+    for (auto * x : {&keys, &q}) {
+        std::generate(x->begin(), x->end(), [] { return (float)rand() / (float)RAND_MAX - 0.5f; });
+    }
+    std::vector<char> packed(n_keys * ggml_row_size(type, n_embd));
+    ggml_quantize_chunk(type, keys.data(), packed.data(), 0, n_keys, n_embd, nullptr);
+    ggml_get_type_traits(type)->to_float(packed.data(), keys.data(), n_keys * n_embd);
+
+    const auto attend = [&](ggml_type as, const void * data) {
+        const lminf_run             run    = {0, 0, n_keys};
+        const lminf_rows            rows   = {as, (const char *)data, ggml_row_size(as, n_embd), 0};
+        const lminf_attention_stream stream = {rows, rows, rows, &run, 1};
+        const lminf_attention_query query  = {0, n_keys - 1, 0, 0, 3, n_keys};
+        std::vector<float>          res(n_embd);
+        lminf_attention_job         job = {};
+        job.n_embd_k = job.n_embd_v = n_embd;
+        job.n_head = job.n_head_kv = job.n_tokens = 1;
+        job.q       = {q.data(), n_embd * sizeof(float), n_embd * sizeof(float)};
+        job.scale   = 1.0f;
+        job.queries = &query;
+        job.streams = &stream;
+        job.dst     = res.data();
+        lminf_attention_plan plan;
+        plan.make(job, 1);
+        std::vector<char> memory(plan.work_size(job) + 64);
+        void *            work = (void *)(((uintptr_t)memory.data() + 63) / 64 * 64);
+        lminf_attention_work_init(work);
+        lminf_attention_compute(job, plan, 0, 1, work);
+        return res;
+    };
+    CHECK(lminf_attention_serves(type, type, n_embd, n_embd));
+    CHECK(attend(type, packed.data()) == attend(GGML_TYPE_F32, keys.data()));
 }
 
 std::vector<shape> scenes() {
@@ -621,12 +655,11 @@ int main(int argc, char **) {
     test_features();
     test_same_bits();
     test_same_bits_beside_others();
-#ifndef LMINF_TEST_WITHOUT_GGML
     print_errors = argc > 1;
     ggml_cpu_init();
+    for (const ggml_type type : {GGML_TYPE_Q4_1, GGML_TYPE_Q5_0, GGML_TYPE_Q5_1}) {
+        check_converted(type);
+    }
     test_no_worse_than_ggml();
-#else
-    (void)argc;
-#endif
-    return n_failed;
+    return n_failed != 0;
 }

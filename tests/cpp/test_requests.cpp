@@ -2,6 +2,7 @@
 
 #include "check.h"
 #include "lminf-hooks.h"
+#include "lminf-memory.h"
 #include "lminf.h"
 #include "random_model.h"
 
@@ -79,9 +80,10 @@ static void test_attention_that_does_not_ask_is_refused(llama_model & model) {
     };
     llama_cparams cparams = usual->get_cparams();
 
-    const std::unique_ptr<llama_memory_i> memory(lminf_create_memory(model, memory_params, cparams));
-    const auto * kv = dynamic_cast<llama_kv_cache *>(memory.get());
-    CHECK(kv);
+    const std::unique_ptr<llama_memory_i> memory(lminf_create_memory(*usual, model, memory_params, cparams));
+    const auto * ours = dynamic_cast<lminf_memory *>(memory.get());
+    CHECK(ours);
+    const llama_kv_cache * kv = &ours->get_cache();
 
     const ggml_init_params iparams = { /*.mem_size =*/ 64*ggml_tensor_overhead(), /*.mem_buffer =*/ nullptr, /*.no_alloc =*/ true };
     const ggml_context_ptr graph { ggml_init(iparams) };
