@@ -23,7 +23,8 @@ class LMInfConfig:
         n_sink: The first tokens of a sequence, which are never evicted (S in the paper's terms).
         n_window: Length of the local window (W). None: 2048, at most the length that the model was trained on.
         n_clamp: Largest RoPE distance that a token may see (L). None: n_window.
-        n_block: The sink tokens are placed anew once per this many positions (B); 1 is the paper's exact clamp.
+        n_block: The clamp moves once per this many positions (B); 1 is the paper's exact clamp. None: 64, or with more
+            than 64 sink tokens `n_ubatch` if that is more, at most `n_clamp`.
             None: 64, at most n_clamp.
         sink_order: "clamped": all far sink tokens stand at one distance, as in the paper. "kept": they keep their
             distances to each other, which needs n_sink + n_window <= n_clamp + 1; for pinned system prompts.

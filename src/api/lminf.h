@@ -40,7 +40,7 @@ struct lminf_params {
     uint32_t n_sink;     // S: the first S tokens of a sequence are never evicted
     uint32_t n_window;   // W: key j is in the local window of query p iff p - j < W; 0 = min(2048, trained context)
     uint32_t n_clamp;    // L: the largest RoPE distance a query may see; 0 = n_window
-    uint32_t n_block;    // B: sink tokens are re-placed once per B positions, 1 <= B <= L; 0 = min(64, L), of more than 64 sink tokens
+    uint32_t n_block;    // B: the clamp moves once per B positions, 1 <= B <= L; 0 = min(64, L), of more than 64 sink tokens
                          // min(max(64, n_ubatch), L)
     uint32_t n_rollback; // a sequence can be cut exactly to this many tokens fewer than the longest it has been
     uint32_t n_rebase;   // physical position at which a sequence is rebased; 0 = 65536
@@ -109,6 +109,7 @@ LLAMA_API void lminf_use_params(const struct lminf_params * params);
 
 // The environment decides again, as at first: contexts have LM-Infinite if one of LMINF_N_SINK, LMINF_N_WINDOW, LMINF_N_CLAMP,
 // LMINF_N_BLOCK, LMINF_N_ROLLBACK, LMINF_N_REBASE (numbers as in lminf_params) and LMINF_SINK_ORDER (clamped, kept) is set.
+// LMINF_ATTENTION=stock leaves attention to llama.cpp in every context with LM-Infinite, whoever asked for it.
 LLAMA_API void lminf_use_environment(void);
 
 // Bytes of memory that the process can still take: what a store in memory has to fit into. Limits of control groups count (Linux).

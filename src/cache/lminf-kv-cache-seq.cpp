@@ -166,7 +166,8 @@ std::map<ggml_backend_buffer_type_t, size_t> lminf_kv_cache::memory_breakdown() 
     for (const auto & [ctx, buf] : k_rot_bufs) {
         ggml_backend_buffer_type_t buft = ggml_backend_buffer_get_type(buf.get());
 
-        res[buft] += ggml_backend_alloc_ctx_tensors_from_buft_size(ctx.get(), buft);
+        res[buft] += hparams.no_alloc ? ggml_backend_alloc_ctx_tensors_from_buft_size(ctx.get(), buft)
+                                      : ggml_backend_buffer_get_size(buf.get());
     }
     return res;
 }

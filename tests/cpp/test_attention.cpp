@@ -1,6 +1,5 @@
 // The attention kernel against a naive one in float64, and against ggml's: what it computes, how exactly, and that its
 // bits depend on nothing but the query and what it sees.
-//
 
 #include "check.h"
 

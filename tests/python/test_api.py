@@ -245,7 +245,7 @@ def test_memory_stats_tell_where_the_sequence_stands(tiny: Llama) -> None:
     assert stats.n_cells == empty.n_cells >= stats.n_cells_used > 0
     assert 0 < stats.n_evicted <= 500 - 4 - 32
     assert stats.sink_distance is not None and stats.sink_distance <= 32
-    assert stats.n_placements > 0
+    assert stats.n_placements == 0  # attention of our own rotates queries instead
     assert stats.resident_bytes > 0
     assert stats.peak_resident_bytes is None or stats.peak_resident_bytes >= 0.9 * stats.resident_bytes
     assert (empty.window_fill, stats.window_fill) == (0, 1)
