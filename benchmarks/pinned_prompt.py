@@ -2,8 +2,9 @@
 
     python benchmarks/pinned_prompt.py novel.txt --threads 1
 
-A context with `--n-sink` sink tokens and a full window, and one of plain llama.cpp with as many tokens in sight, decode in
-turns, `--rounds` times. Prints bytes of keys and values, and the ratio of the times of a token (median, least, most).
+A context with `--n-sink` sink tokens and a full window, and one of plain llama.cpp with as many tokens in sight,
+decode in turns, `--rounds` times. Prints bytes of keys and values, and the ratio of the times of a token (median,
+least, most).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import time
 
 import numpy as np
+
 from lminf_edge import Llama, LMInfConfig
 from tables import markdown_table, open_model_path, text_tokens
 
@@ -52,13 +54,11 @@ def main() -> None:
             ratios = [decode(pinned, 5, args.decode) / decode(plain, 5, args.decode) for _ in range(args.rounds)]
             n_bytes = pinned.memory_stats().kv_bytes
             n_originals = 4 * elements_of_a_key(plain, cache_type) * args.n_sink
-            rows.append([
-                cache_type,
-                f"{n_bytes / 1e6:.1f}",
-                f"{(n_bytes - n_originals) / (plain.memory_stats().kv_bytes / plain.memory_stats().n_cells * n_seen):.3f}",
-                f"{np.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})",
-            ])
-    print(markdown_table(["cache", "MB", "cells of as many tokens", "time of a token / plain"], rows))
+            stats = plain.memory_stats()
+            n_cells = (n_bytes - n_originals) / stats.kv_bytes * stats.n_cells
+            median = f"{np.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
+            rows.append([cache_type, f"{n_bytes / 1e6:.1f}", f"{n_cells / n_seen:.3f}", median])
+    print(markdown_table(["cache", "MB with originals", "cells / tokens in sight", "time of a token / plain"], rows))
 
 
 def elements_of_a_key(plain: Llama, cache_type: str) -> float:

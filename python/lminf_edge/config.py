@@ -28,8 +28,8 @@ class LMInfConfig:
             None: 64, at most n_clamp.
         sink_order: "clamped": all far sink tokens stand at one distance, as in the paper. "kept": they keep their
             distances to each other, which needs n_sink + n_window <= n_clamp + 1; for pinned system prompts.
-        n_rollback: A sequence can be cut exactly to this many tokens fewer than the longest it has been. Having been cut so
-            far, it cannot be cut again before it has grown.
+        n_rollback: A sequence can be cut exactly to this many tokens fewer than the longest it has been. Having been
+            cut so far, it cannot be cut again before it has grown.
         middle: Store what leaves the window, so that it can be looked up. None: it is gone.
 
     Raises:

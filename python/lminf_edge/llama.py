@@ -381,8 +381,8 @@ class Llama(CompletionMethods, ScoringMethods):
 
         Raises:
             ConfigError: There are not so many tokens.
-            StateError: More than `n_rollback` tokens of the longest that the sequence has been would be removed, and what they pushed out of the window is
-                gone; or another thread computes. Nothing was changed.
+            StateError: It would be cut to more than `n_rollback` tokens fewer than the longest it has been, and what
+                they pushed out of the window is gone; or another thread computes. Nothing was changed.
         """
         check_int("n_past", n_past, 0, 2**63 - 1)
         with self._sequence.exclusive():

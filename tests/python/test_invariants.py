@@ -21,9 +21,6 @@ if TYPE_CHECKING:
 ROUNDING = 1e-4
 """Sums of F32 numbers in another order move the tiny models' logits by less than this; they are of the order of 1."""
 
-FLASH_ROUNDING = 5e-3
-"""The same with flash attention, where llama.cpp's sums are F16 in part."""
-
 CACHE_TYPES = ["f32", "f16", "q8_0", "q4_0"]
 BLOCKS = Attention(n_sink=4, n_window=32, n_clamp=32, n_block=8)
 

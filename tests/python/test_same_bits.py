@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +24,7 @@ CACHES = [("f16", "f16"), ("q8_0", "q8_0"), ("q8_0", "q4_0")]
 
 
 @pytest.fixture(scope="module", params=CACHES, ids="-".join)
-def cache(request: pytest.FixtureRequest) -> dict[str, str]:
+def cache(request: pytest.FixtureRequest) -> dict[str, Any]:
     type_k, type_v = request.param
     return {"cache_type_k": type_k, "cache_type_v": type_v}
 
@@ -35,7 +36,7 @@ def tokens(default_model: Path) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def one_by_one(default_model: Path, cache: dict[str, str], tokens: list[int]) -> npt.NDArray[np.float32]:
+def one_by_one(default_model: Path, cache: dict[str, Any], tokens: list[int]) -> npt.NDArray[np.float32]:
     """Logits of the last 20 tokens, each of all tokens having been a micro-batch of its own, in one thread."""
     with Llama(default_model, lminf=WINDOW, n_ubatch=1, n_threads=1, **cache) as llm:
         llm.eval(tokens[: N_READ - 20])
@@ -43,7 +44,7 @@ def one_by_one(default_model: Path, cache: dict[str, str], tokens: list[int]) ->
 
 
 @pytest.fixture
-def llm(default_model: Path, cache: dict[str, str]) -> Iterator[Llama]:
+def llm(default_model: Path, cache: dict[str, Any]) -> Iterator[Llama]:
     with Llama(default_model, lminf=WINDOW, n_ubatch=64, n_threads=2, **cache) as llm:
         yield llm
 
@@ -55,7 +56,7 @@ def last_20(llm: Llama, tokens: list[int]) -> npt.NDArray[np.float32]:
 @pytest.mark.parametrize(("n_ubatch", "n_threads"), [(7, 1), (64, 2), (256, 2)])
 def test_however_it_is_cut_and_whoever_computes(
     default_model: Path,
-    cache: dict[str, str],
+    cache: dict[str, Any],
     tokens: list[int],
     one_by_one: npt.NDArray[np.float32],
     n_ubatch: int,
@@ -75,7 +76,7 @@ def test_taken_back_and_read_again(llm: Llama, tokens: list[int], one_by_one: np
 def test_saved_and_restored(
     llm: Llama,
     default_model: Path,
-    cache: dict[str, str],
+    cache: dict[str, Any],
     tokens: list[int],
     one_by_one: npt.NDArray[np.float32],
     tmp_path: Path,
@@ -89,7 +90,7 @@ def test_saved_and_restored(
 
 
 def test_beside_others(
-    default_model: Path, cache: dict[str, str], tokens: list[int], one_by_one: npt.NDArray[np.float32]
+    default_model: Path, cache: dict[str, Any], tokens: list[int], one_by_one: npt.NDArray[np.float32]
 ) -> None:
     """One token of each of two sequences at a time, the other one being older."""
     with Llama(default_model, lminf=WINDOW, n_ubatch=64, n_threads=2, _n_seq_max=2, **cache) as llm:
@@ -107,7 +108,7 @@ def test_beside_others(
 def test_the_same_prompt_twice_is_answered_alike(llm: Llama) -> None:
     """The second call reuses what the first has read, the third begins anew."""
     prompt = "The river rose in the night, and in the morning"
-    texts = []
+    texts: list[str] = []
     for _ in range(3):
         if len(texts) == 2:
             llm.reset()
