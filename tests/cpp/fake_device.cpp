@@ -47,7 +47,7 @@ struct buffer_memory {
 }
 
 // The memory of all devices lies in one range, so that a signal handler can tell it from others.
-static constexpr size_t reach_size = size_t(1) << 40;
+static constexpr size_t reach_size = size_t(1) << 36; // ThreadSanitizer leaves no more
 
 static uint8_t * reach() {
     static uint8_t * const begin = [] {
