@@ -16,6 +16,9 @@ LLAMA_API bool lminf_test_set_position(struct llama_context * ctx, llama_seq_id 
 LLAMA_API size_t lminf_test_get_key(
         const struct llama_context * ctx, llama_seq_id seq_id, int32_t il, int64_t pos, void * dst, size_t size);
 
+// Cells of the sequence up to the last one that holds a key: as many as llama.cpp's attention would look at. 0 without LM-Infinite.
+LLAMA_API int64_t lminf_test_get_n_used(const struct llama_context * ctx, llama_seq_id seq_id);
+
 // Copies the un-rotated F32 original of sink token j in layer il. Returns its bytes; 0 if there is none.
 LLAMA_API size_t lminf_test_get_sink_original(
         const struct llama_context * ctx, llama_seq_id seq_id, int32_t il, uint32_t j, void * dst, size_t size);

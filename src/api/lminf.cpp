@@ -423,6 +423,11 @@ size_t lminf_test_get_key(
     return memory && has_seq(ctx, seq_id) ? memory->get_cache().get_key(seq_id, il, pos, dst, size) : 0;
 }
 
+int64_t lminf_test_get_n_used(const struct llama_context * ctx, llama_seq_id seq_id) {
+    const auto * memory = lminf_memory::of(ctx);
+    return memory && has_seq(ctx, seq_id) ? memory->get_cache().sequence(seq_id).n_used() : 0;
+}
+
 size_t lminf_test_get_sink_original(
         const struct llama_context * ctx, llama_seq_id seq_id, int32_t il, uint32_t j, void * dst, size_t size) {
     const auto * memory = lminf_memory::of(ctx);

@@ -152,7 +152,9 @@ struct lminf_recall::scan {
             score_candidates();
         } else {
             score_all();
-            mark_candidates(!has_first_pass);
+            if (self.is_checked) {
+                mark_candidates(!has_first_pass);
+            }
         }
     }
 

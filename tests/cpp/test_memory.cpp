@@ -181,6 +181,67 @@ static void test_compaction(llama_model * model, ggml_type type) {
     }
 }
 
+// Tokens of several sequences in one batch move keys to lower cells too: what micro-batches needed is not looked at
+static void test_compaction_of_sequences(llama_model * model) {
+    options opts;
+    opts.n_ubatch  = 64;
+    opts.n_seq_max = 2;
+    const auto     ctx    = make_context(model, opts);
+    const tokens_t tokens = make_tokens(300, 15);
+    for (const llama_seq_id seq_id : { 0, 1 }) {
+        eval(ctx.get(), tokens, 0, 256, seq_id);
+        CHECK(lminf_test_get_n_used(ctx.get(), seq_id) > 4 + 24 + 16);
+    }
+    llama_batch batch = llama_batch_init(2, 0, 1);
+    for (const llama_seq_id seq_id : { 0, 1 }) {
+        batch.token   [seq_id]    = tokens[256];
+        batch.pos     [seq_id]    = 256;
+        batch.n_seq_id[seq_id]    = 1;
+        batch.seq_id  [seq_id][0] = seq_id;
+        batch.logits  [seq_id]    = 1;
+    }
+    batch.n_tokens = 2;
+    CHECK(llama_decode(ctx.get(), batch) == 0);
+    llama_batch_free(batch);
+    for (const llama_seq_id seq_id : { 0, 1 }) {
+        CHECK(lminf_test_get_n_used(ctx.get(), seq_id) <= 4 + 24 + 16); // sink tokens, window, n_rollback
+    }
+}
+
+// A long pinned prompt takes its cells and, with llama.cpp's attention, one spare copy; both read alike
+static void test_many_sink_tokens(llama_model * model) {
+    options opts;
+    opts.n_ubatch   = 64;
+    opts.flash_attn = true;
+    const tokens_t tokens = make_tokens(500, 16);
+    for (const uint32_t n_block : { 0u, 8u, 64u }) {
+        lminf_params params = make_params(opts);
+        params.n_sink  = 100;
+        params.n_clamp = 80;
+        params.n_block = n_block;
+
+        std::vector<logits_t> logits;
+        for (const bool stock : { false, true }) {
+            setenv("LMINF_ATTENTION", stock ? "stock" : "lminf", 1);
+            const context_ptr ctx(lminf_init_from_model(model, make_cparams(opts), params), llama_free);
+            unsetenv("LMINF_ATTENTION");
+            CHECK(ctx);
+            logits.push_back(eval(ctx.get(), tokens, 0, tokens.size()));
+
+            lminf_stats stats;
+            CHECK(lminf_get_stats(ctx.get(), 0, &stats));
+            // the clamp begins before all of them are there, so that they have a home of their own besides
+            CHECK(stats.n_cells - stats.n_ring == (stock ? 3u : 1u)*params.n_sink);
+            CHECK((stats.n_placements > 0) == stock);
+            CHECK(llama_n_ubatch(ctx.get()) == (stock && n_block == 8 ? 9u : 64u));
+        }
+        CHECK(difference(logits[0], logits[1]) < 5e-2f);
+    }
+    setenv("LMINF_ATTENTION", "ours", 1);
+    CHECK(!lminf_init_from_model(model, make_cparams(opts), make_params(opts)));
+    unsetenv("LMINF_ATTENTION");
+}
+
 // A copied sequence goes on as the first one does, sink tokens and all, and apart from it
 static void test_copies(llama_model * model, ggml_type type) {
     options opts;
@@ -492,6 +553,8 @@ int main() {
         test_forgetting(model.get());
         test_compaction(model.get(), GGML_TYPE_F16);
         test_compaction(model.get(), GGML_TYPE_F32);
+        test_compaction_of_sequences(model.get());
+        test_many_sink_tokens(model.get());
         test_copies(model.get(), GGML_TYPE_F32);
         test_copies(model.get(), GGML_TYPE_F16);
         test_states(model.get(), GGML_TYPE_F32, false);
