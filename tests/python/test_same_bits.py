@@ -1,6 +1,7 @@
 """Logits of the default model (Q4_1 weights) have the same bits however its text came to be read.
 
-Products with these weights do not depend on the batch, and attention of our own depends on the query and on what it sees alone.
+Products with these weights do not depend on the batch, and attention of our own depends on the query and on what it
+sees alone.
 """
 
 from __future__ import annotations
