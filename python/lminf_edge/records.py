@@ -102,7 +102,7 @@ class MemoryStats:
         n_past: Position of the next token, which is the number of tokens seen.
         n_evicted: Tokens that have left the window and are not sink tokens.
         sink_distance: RoPE distance from the last token to the farthest sink token. None without sink tokens.
-        n_placements: Times that the sink tokens were placed for a block.
+        n_placements: Times that the sink tokens were placed for a block; 0 where attention is our own.
         n_rebases: Times that positions were shifted back to keep RoPE's arithmetic exact.
         pos_physical: Position of the next token as RoPE will see it.
         window_fill: How much of the window, or of a plain context, is in use: 0 to 1.
