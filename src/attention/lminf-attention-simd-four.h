@@ -3,7 +3,8 @@
 
 #pragma once
 
-static constexpr int WIDTH = 4;
+static constexpr int WIDTH  = 4;
+static constexpr int GROUPS = 2;
 
 #if defined(LMINF_SIMD_NEON)
 static constexpr const char * NAME = "NEON";
@@ -13,7 +14,7 @@ using ivec                         = int32x4_t;
 static inline vec fma(vec a, vec b, vec c) {
     return vfmaq_f32(c, a, b);
 }
-static inline ivec load_bytes(const char * x) {
+static inline ivec load_s8_integers(const char * x) {
     return vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_u32(vdup_n_u32(read<uint32_t>(x))))));
 }
 static inline vec load_f16(const char * x) {
@@ -30,7 +31,7 @@ typedef int32_t               ivec __attribute__((vector_size(16)));
 static inline vec             fma(vec a, vec b, vec c) {
     return a * b + c;
 }
-static inline ivec load_bytes(const char * x) {
+static inline ivec load_s8_integers(const char * x) {
     return ivec{(int8_t)x[0], (int8_t)x[1], (int8_t)x[2], (int8_t)x[3]};
 }
 static inline vec to_float(ivec a) {
@@ -126,18 +127,80 @@ static inline vec load_bf16(const char * x) {
     return (vec)ivec{(int)(words << 16), (int)(words & 0xffff0000), (int)(words >> 16 & 0xffff0000),
         (int)(words >> 32 & 0xffff0000)};
 }
-static inline vec set1_f16(const char * x) {
-    const uint64_t word = read<uint16_t>(x);
-    const uint64_t four = word * 0x0001000100010001;
-    return load_f16((const char *)&four);
+static inline vec gather_f16(const char * const * rows, size_t offset) {
+    const uint16_t words[4] = {read<uint16_t>(rows[0] + offset), read<uint16_t>(rows[1] + offset),
+        read<uint16_t>(rows[2] + offset), read<uint16_t>(rows[3] + offset)};
+    return load_f16((const char *)words);
 }
 static inline vec load_s8(const char * x) {
-    return to_float(load_bytes(x));
+    return to_float(load_s8_integers(x));
+}
+
+// two sums of each pair are enough: their order does not matter
+struct isum {
+    ivec low;
+    ivec high;
+};
+
+typedef int16_t  words __attribute__((vector_size(16)));
+typedef uint16_t uwords __attribute__((vector_size(16)));
+
+static inline ivec set1_pair(const int16_t * x) {
+    const int32_t pair = read<int32_t>((const char *)x);
+    return ivec{pair, pair, pair, pair};
+}
+static inline isum set1_sum(int32_t x) {
+    return {ivec{x, 0, x, 0}, ivec{x, 0, x, 0}};
+}
+#if defined(LMINF_SIMD_NEON)
+static inline isum add_pairs(ivec a, ivec b, isum sum) {
+    const int16x8_t x = vreinterpretq_s16_s32(a);
+    const int16x8_t y = vreinterpretq_s16_s32(b);
+    return {vmlal_s16(sum.low, vget_low_s16(x), vget_low_s16(y)), vmlal_high_s16(sum.high, x, y)};
+}
+static inline ivec total(isum sum) {
+    return vpaddq_s32(sum.low, sum.high);
+}
+#else
+static inline isum add_pairs(ivec a, ivec b, isum sum) {
+    const words x = (words)a;
+    const words y = (words)b;
+    return {sum.low + ivec{x[0] * y[0], x[1] * y[1], x[2] * y[2], x[3] * y[3]},
+        sum.high + ivec{x[4] * y[4], x[5] * y[5], x[6] * y[6], x[7] * y[7]}};
+}
+static inline ivec total(isum sum) {
+    return ivec{sum.low[0] + sum.low[1], sum.low[2] + sum.low[3], sum.high[0] + sum.high[1], sum.high[2] + sum.high[3]};
+}
+#endif
+
+static inline ivec load_bytes(const char * const * rows, size_t offset) {
+    return read<ivec>(rows[0] + offset);
+}
+static inline void transpose_fours(ivec * x) {
+    const ivec y[4] = {x[0], x[1], x[2], x[3]};
+    for (int i = 0; i < 4; ++i) {
+        x[i] = ivec{y[0][i], y[1][i], y[2][i], y[3][i]};
+    }
+}
+static inline ivec flip_signs(ivec bytes) {
+    return bytes ^ (int)0x80808080;
+}
+static inline ivec low_nibbles(ivec bytes) {
+    return bytes & 0x0f0f0f0f;
+}
+static inline ivec high_nibbles(ivec bytes) {
+    return (ivec)((uwords)bytes >> 4) & 0x0f0f0f0f;
+}
+static inline ivec even_bytes(ivec bytes) {
+    return bytes & 0x00ff00ff;
+}
+static inline ivec odd_bytes(ivec bytes) {
+    return (ivec)((uwords)bytes >> 8);
 }
 
 static constexpr float S4_SCALE = 1.0f;
 static inline void     load_s4(const char * x, vec * low, vec * high) {
-    const ivec bytes = load_bytes(x);
+    const ivec bytes = load_s8_integers(x);
     *low             = to_float((bytes & 15) - 8);
     *high            = to_float((bytes >> 4 & 15) - 8);
 }

@@ -4,9 +4,10 @@
 
 #if defined(LMINF_SIMD_AVX512)
 
-static constexpr const char * NAME  = "AVX-512";
-static constexpr int          WIDTH = 16;
-static constexpr int          ROWS  = 6; // rows of queries in registers at a time
+static constexpr const char * NAME   = "AVX-512";
+static constexpr int          WIDTH  = 16;
+static constexpr int          ROWS   = 6; // rows of queries in registers at a time
+static constexpr int          GROUPS = 2; // sums of vectors of keys for each of them
 
 using vec = __m512;
 
@@ -100,11 +101,67 @@ static inline vec load_f16(const char * x) {
 static inline vec load_bf16(const char * x) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)x)), 16));
 }
-static inline vec set1_f16(const char * x) {
-    return _mm512_cvtph_ps(_mm256_set1_epi16(read<int16_t>(x)));
+static inline vec gather_f16(const char * const * rows, size_t offset) {
+    const auto word = [&](int i) { return read<int16_t>(rows[i] + offset); };
+    return _mm512_cvtph_ps(_mm256_setr_epi16(word(0), word(1), word(2), word(3), word(4), word(5), word(6), word(7), word(8),
+        word(9), word(10), word(11), word(12), word(13), word(14), word(15)));
 }
 static inline vec load_s8(const char * x) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)x)));
+}
+
+using ivec = __m512i;
+using isum = __m512i;
+
+static inline vec to_float(ivec a) {
+    return _mm512_cvtepi32_ps(a);
+}
+static inline ivec set1_pair(const int16_t * x) {
+    return _mm512_set1_epi32(read<int32_t>((const char *)x));
+}
+static inline isum set1_sum(int32_t x) {
+    return _mm512_set1_epi32(x);
+}
+static inline isum add_pairs(ivec a, ivec b, isum sum) {
+    return _mm512_add_epi32(sum, _mm512_madd_epi16(a, b));
+}
+static inline ivec total(isum sum) {
+    return sum;
+}
+
+// group g: sixteen bytes of rows[4 g]
+static inline ivec load_bytes(const char * const * rows, size_t offset) {
+    const auto row = [&](int i) { return _mm_loadu_si128((const __m128i *)(rows[i] + offset)); };
+    ivec       res = _mm512_castsi128_si512(row(0));
+    res            = _mm512_inserti32x4(res, row(4), 1);
+    res            = _mm512_inserti32x4(res, row(8), 2);
+    return _mm512_inserti32x4(res, row(12), 3);
+}
+// in each group: x[i] gets the i-th four bytes of each x
+static inline void transpose_fours(ivec * x) {
+    const ivec low01  = _mm512_unpacklo_epi32(x[0], x[1]);
+    const ivec low23  = _mm512_unpacklo_epi32(x[2], x[3]);
+    const ivec high01 = _mm512_unpackhi_epi32(x[0], x[1]);
+    const ivec high23 = _mm512_unpackhi_epi32(x[2], x[3]);
+    x[0]              = _mm512_unpacklo_epi64(low01, low23);
+    x[1]              = _mm512_unpackhi_epi64(low01, low23);
+    x[2]              = _mm512_unpacklo_epi64(high01, high23);
+    x[3]              = _mm512_unpackhi_epi64(high01, high23);
+}
+static inline ivec flip_signs(ivec bytes) {
+    return _mm512_xor_si512(bytes, _mm512_set1_epi8((char)0x80));
+}
+static inline ivec low_nibbles(ivec bytes) {
+    return _mm512_and_si512(bytes, _mm512_set1_epi8(15));
+}
+static inline ivec high_nibbles(ivec bytes) {
+    return low_nibbles(_mm512_srli_epi16(bytes, 4));
+}
+static inline ivec even_bytes(ivec bytes) {
+    return _mm512_and_si512(bytes, _mm512_set1_epi16(255));
+}
+static inline ivec odd_bytes(ivec bytes) {
+    return _mm512_srli_epi16(bytes, 8);
 }
 
 // sixteen bytes: their low nibbles - 8, then the high ones; times S4_SCALE
@@ -118,9 +175,10 @@ static inline void     load_s4(const char * x, vec * low, vec * high) {
 
 #elif defined(LMINF_SIMD_AVX2)
 
-static constexpr const char * NAME  = "AVX2";
-static constexpr int          WIDTH = 8;
-static constexpr int          ROWS  = 3;
+static constexpr const char * NAME   = "AVX2";
+static constexpr int          WIDTH  = 8;
+static constexpr int          ROWS   = 3;
+static constexpr int          GROUPS = 2;
 
 using vec = __m256;
 
@@ -200,11 +258,61 @@ static inline vec load_f16(const char * x) {
 static inline vec load_bf16(const char * x) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)x)), 16));
 }
-static inline vec set1_f16(const char * x) {
-    return _mm256_cvtph_ps(_mm_set1_epi16(read<int16_t>(x)));
+static inline vec gather_f16(const char * const * rows, size_t offset) {
+    const auto word = [&](int i) { return read<int16_t>(rows[i] + offset); };
+    return _mm256_cvtph_ps(_mm_setr_epi16(word(0), word(1), word(2), word(3), word(4), word(5), word(6), word(7)));
 }
 static inline vec load_s8(const char * x) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)x)));
+}
+
+using ivec = __m256i;
+using isum = __m256i;
+
+static inline vec to_float(ivec a) {
+    return _mm256_cvtepi32_ps(a);
+}
+static inline ivec set1_pair(const int16_t * x) {
+    return _mm256_set1_epi32(read<int32_t>((const char *)x));
+}
+static inline isum set1_sum(int32_t x) {
+    return _mm256_set1_epi32(x);
+}
+static inline isum add_pairs(ivec a, ivec b, isum sum) {
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
+}
+static inline ivec total(isum sum) {
+    return sum;
+}
+
+static inline ivec load_bytes(const char * const * rows, size_t offset) {
+    const auto row = [&](int i) { return _mm_loadu_si128((const __m128i *)(rows[i] + offset)); };
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(row(0)), row(4), 1);
+}
+static inline void transpose_fours(ivec * x) {
+    const ivec low01  = _mm256_unpacklo_epi32(x[0], x[1]);
+    const ivec low23  = _mm256_unpacklo_epi32(x[2], x[3]);
+    const ivec high01 = _mm256_unpackhi_epi32(x[0], x[1]);
+    const ivec high23 = _mm256_unpackhi_epi32(x[2], x[3]);
+    x[0]              = _mm256_unpacklo_epi64(low01, low23);
+    x[1]              = _mm256_unpackhi_epi64(low01, low23);
+    x[2]              = _mm256_unpacklo_epi64(high01, high23);
+    x[3]              = _mm256_unpackhi_epi64(high01, high23);
+}
+static inline ivec flip_signs(ivec bytes) {
+    return _mm256_xor_si256(bytes, _mm256_set1_epi8((char)0x80));
+}
+static inline ivec low_nibbles(ivec bytes) {
+    return _mm256_and_si256(bytes, _mm256_set1_epi8(15));
+}
+static inline ivec high_nibbles(ivec bytes) {
+    return low_nibbles(_mm256_srli_epi16(bytes, 4));
+}
+static inline ivec even_bytes(ivec bytes) {
+    return _mm256_and_si256(bytes, _mm256_set1_epi16(255));
+}
+static inline ivec odd_bytes(ivec bytes) {
+    return _mm256_srli_epi16(bytes, 8);
 }
 
 // eight bytes: their low nibbles - 8, then the high ones; as signed numbers in the highest four bits

@@ -72,7 +72,7 @@ static inline void prefetch(const char * x) {
 }
 
 // x in a register: where it is used several times, a compiler may prefer to load it each time
-static inline vec in_register(vec x) {
+template <class T> static inline T in_register(T x) {
 #if defined(LMINF_SIMD_AVX512)
     __asm__("" : "+v"(x));
 #elif defined(LMINF_SIMD_AVX2)
@@ -124,14 +124,44 @@ template <ggml_type TYPE, class F> static inline void unpack_numbers(const char 
     }
 }
 
-// with its factor: exact, no type has more bits in its factor and number together than a float
-template <ggml_type TYPE, class F> static inline void unpack(const char * unit, const F & put) {
-    if constexpr (has_factor(TYPE)) {
-        const vec factor = mul(set1_f16(unit), set1(number_scale(TYPE)));
-        unpack_numbers<TYPE>(unit, [&](auto i, vec x) { put(i, mul(x, factor)); });
+// A quantised unit in integers without signs: its numbers and this.
+constexpr int32_t number_offset(ggml_type type) {
+    return type == GGML_TYPE_Q4_0 ? 8 : 128;
+}
+
+// put(i, pair i of a unit of WIDTH rows), each pair two words in the lane of its row. The pairs are those of
+// pair_component().
+template <ggml_type TYPE, class F> static inline void unpack_pairs(const char * const * units, const F & put) {
+    const auto fours = [&](size_t offset, const auto & put_four) {
+        ivec x[4];
+        repeat<4>([&](auto i) { x[i] = load_bytes(units + i, offset); });
+        transpose_fours(x);
+        repeat<4>([&](auto i) { put_four(i, x[i]); });
+    };
+    if constexpr (TYPE == GGML_TYPE_Q8_0) {
+        repeat<2>([&](auto half) {
+            fours(sizeof(uint16_t) + half * 16, [&](auto i, ivec x) {
+                const ivec bytes = flip_signs(x);
+                put(std::integral_constant<int, half * 8 + 2 * i>(), even_bytes(bytes));
+                put(std::integral_constant<int, half * 8 + 2 * i + 1>(), odd_bytes(bytes));
+            });
+        });
     } else {
-        unpack_numbers<TYPE>(unit, put);
+        static_assert(TYPE == GGML_TYPE_Q4_0, "a type without integers");
+        fours(sizeof(uint16_t), [&](auto i, ivec x) {
+            const ivec low  = low_nibbles(x);
+            const ivec high = high_nibbles(x);
+            put(std::integral_constant<int, 2 * i>(), even_bytes(low));
+            put(std::integral_constant<int, 2 * i + 1>(), odd_bytes(low));
+            put(std::integral_constant<int, 8 + 2 * i>(), even_bytes(high));
+            put(std::integral_constant<int, 8 + 2 * i + 1>(), odd_bytes(high));
+        });
     }
+}
+
+// which component of a unit the i-th word of its pairs is
+constexpr int pair_component(int i) {
+    return i / 4 * 4 + (i % 2) * 2 + i / 2 % 2;
 }
 
 // e^x = scale + scale*res, for x in [-87.3, 88]: Cephes' polynomial on [-ln 2/2, ln 2/2]

@@ -14,11 +14,14 @@ constexpr int64_t TILE_ROWS = 128; // query vectors that share an unpacked key; 
 struct scratch {
     float * k;
     float * v;
+    float * k_factors;  // [units][BLOCK]
     float * v_factors;  // [units][BLOCK]
-    float * scores;     // [rows][BLOCK]
+    float * q_numbers;  // see integer_rows
+    float * q_factors;
+    float * q_sums;
+    float * scores;     // [rows][PART]
     float * scores_far; // the same, sink tokens scored with far_k
     float * max;        // [rows]
-    float * factors;    // [rows]
     float * sums;       // [rows][W]
     float * acc;        // [rows][padded(n_embd_v)]
     float * part;       // one row
@@ -35,11 +38,14 @@ struct scratch {
         };
         k          = take(BLOCK * padded(n_embd_k));
         v          = take(BLOCK * padded(n_embd_v));
+        k_factors  = take(divide_up(n_embd_k, LMINF_SIMD_UNIT) * BLOCK);
         v_factors  = take(divide_up(n_embd_v, LMINF_SIMD_UNIT) * BLOCK);
-        scores     = take(n_rows * BLOCK);
-        scores_far = take(n_rows * BLOCK);
+        q_numbers  = take(n_rows * divide_up(n_embd_k, 2));
+        q_factors  = take(n_rows * divide_up(n_embd_k, LMINF_SIMD_UNIT));
+        q_sums     = take(n_rows * divide_up(n_embd_k, LMINF_SIMD_UNIT));
+        scores     = take(n_rows * PART);
+        scores_far = take(n_rows * PART);
         max        = take(n_rows);
-        factors    = take(n_rows);
         sums       = take(n_rows * W);
         acc        = take(n_rows * padded(n_embd_v));
         part       = take(part_row::size(n_embd_v));
@@ -73,16 +79,18 @@ public:
 
     // the parts of sink tokens come first
     void compute_part(int64_t i_part) {
-        std::fill_n(mem.max, n_rows, NOTHING);
-        std::fill_n(mem.sums, n_rows * W, 0.0f);
-        std::fill_n(mem.acc, n_rows * padded(job.n_embd_v), 0.0f);
-
         const bool    sinks = i_part < n_sink_parts;
         const int64_t first = (sinks ? i_part : tile.begin / PART + i_part - n_sink_parts) * PART;
         const int64_t last  = std::min(first + PART, sinks ? tile.sinks : tile.end);
         run                 = find_run(first);
+        n_blocks            = 0;
         for (int64_t pos = first; pos < last; pos += BLOCK) {
-            add_block(pos, sinks);
+            score_block(pos, sinks, blocks[n_blocks++]);
+        }
+        weigh(first, sinks);
+        std::fill_n(mem.acc, n_rows * padded(job.n_embd_v), 0.0f);
+        for (int64_t i = 0; i < n_blocks; ++i) {
+            add_weighted(blocks[i], i * BLOCK);
         }
     }
 
@@ -156,6 +164,18 @@ private:
         }
     };
 
+    // keys of a part that are unpacked together
+    struct block {
+        view     seen;
+        uint32_t there; // which of them are
+        int64_t  cells[BLOCK];
+    };
+
+    block   blocks[N_BLOCKS];
+    int64_t n_blocks = 0;
+
+    const float * integers = nullptr; // the vectors that are in mem.q_numbers
+
     int64_t find_run(int64_t pos) const {
         const auto ends_before = [](const lminf_run & x, int64_t end) { return x.pos + x.n <= end; };
         return std::lower_bound(stream.runs, stream.runs + stream.n_runs, pos, ends_before) - stream.runs;
@@ -217,100 +237,141 @@ private:
         found.ahead = 0;
     }
 
-    void score(
-        const lminf_rows & keys, const int64_t * cells, const lminf_attention_vectors & q, const view & seen, float * scores) const {
-        const found_rows found = find_rows(keys, cells, seen.keys, job.n_embd_k);
-        functions_of(found.type).keys(found.rows, seen.keys.first, seen.keys.last, job.n_embd_k, found.ahead, mem.k);
-        for_rows(seen.tokens.first * n_group, seen.tokens.last * n_group, [&](auto n, int64_t row) {
-            const float * vectors[n];
-            for (int r = 0; r < n; ++r) {
-                vectors[r] = (const float *)((const char *)q.data + (tile.token + (row + r) / n_group) * q.token_stride +
-                    (head_kv * n_group + (row + r) % n_group) * q.head_stride);
+    const float * vector(const lminf_attention_vectors & q, int64_t row) const {
+        return (const float *)((const char *)q.data + (tile.token + row / n_group) * q.token_stride +
+            (head_kv * n_group + row % n_group) * q.head_stride);
+    }
+
+    integer_rows integer_queries(const lminf_attention_vectors & q) {
+        const integer_rows all = {(int16_t *)mem.q_numbers, mem.q_factors, (int32_t *)mem.q_sums};
+        if (integers != q.data) {
+            integers = q.data;
+            for (int64_t row = 0; row < n_rows; ++row) {
+                to_integers(vector(q, row), job.n_embd_k, all.row(row, job.n_embd_k));
             }
-            for (int64_t i = seen.keys.first / W * W; i < seen.keys.last; i += W) {
-                multiply_keys<n>(vectors, mem.k + i * padded(job.n_embd_k), job.n_embd_k, scores + row * BLOCK + i);
+        }
+        return all;
+    }
+
+    void score(const lminf_rows & keys, const int64_t * cells, const lminf_attention_vectors & q, const view & seen,
+        float * scores) {
+        const found_rows found     = find_rows(keys, cells, seen.keys, job.n_embd_k);
+        const auto &     functions = functions_of(found.type);
+        const int64_t    n_embd    = job.n_embd_k;
+        const int64_t    first     = seen.keys.first;
+        const int64_t    last      = seen.keys.last;
+        const int64_t    first_row = seen.tokens.first * n_group;
+        const int64_t    last_row  = seen.tokens.last * n_group;
+        if (functions.keys) {
+            functions.keys(found.rows, first, last, n_embd, found.ahead, mem.k);
+            for_rows(first_row, last_row, [&](auto n, int64_t row) {
+                const float * vectors[n];
+                for (int r = 0; r < n; ++r) {
+                    vectors[r] = vector(q, row + r);
+                }
+                for (int64_t i = first / W * W; i < last; i += W) {
+                    multiply_keys<n>(vectors, mem.k + i * padded(n_embd), n_embd, scores + row * PART + i);
+                }
+            });
+            return;
+        }
+        const integer_rows all = integer_queries(q);
+        functions.factors(found.rows, 0, BLOCK, n_embd, 1.0f, mem.k_factors);
+        functions.key_pairs(found.rows, first, last, n_embd, found.ahead, (int32_t *)mem.k);
+        for_rows(first_row, last_row, [&](auto n, int64_t row) {
+            for (int64_t i = first / CHUNK * CHUNK; i < last; i += CHUNK) {
+                const auto * pairs = (const int32_t *)mem.k + i / CHUNK * (n_embd / LMINF_SIMD_UNIT) * CHUNK_SIZE;
+                multiply_key_pairs<n>(all.row(row, n_embd), functions.offset, pairs, mem.k_factors + i, n_embd,
+                    scores + row * PART + i);
             }
         });
     }
 
-    void add_block(int64_t pos, bool sinks) {
-        view seen     = {};
-        view seen_far = {};
-        view seen_all = {};
+    // finds what is seen of a block, and scores it
+    void score_block(int64_t pos, bool sinks, block & found) {
+        const int64_t offset   = pos % PART;
+        view          seen     = {};
+        view          seen_far = {};
+        found.seen  = {};
+        found.there = 0;
         for (int64_t token = 0; token < tile.n_tokens; ++token) {
             const auto & query = queries[token];
-            seen_all.add(token, sinks ? cut(0, query.sinks, pos) : cut(query.begin, query.end, pos));
+            found.seen.add(token, sinks ? cut(0, query.sinks, pos) : cut(query.begin, query.end, pos));
             if (sinks) {
                 seen_far.add(token, cut(0, query.sinks_far, pos));
                 seen.add(token, cut(query.sinks_far, query.sinks, pos));
             }
         }
-        if (seen_all.keys.empty()) {
+        if (found.seen.keys.empty()) {
             return;
         }
-        int64_t  cells[BLOCK];
-        uint32_t there = UINT32_MAX;
         if (sinks) {
             for (int64_t i = 0; i < BLOCK; ++i) {
-                cells[i] = std::min(pos + i, pos + seen_all.keys.last - 1);
+                found.cells[i] = std::min(pos + i, pos + found.seen.keys.last - 1);
             }
+            found.there = UINT32_MAX;
             if (!seen_far.keys.empty()) {
-                score(stream.far_k, cells, job.q_far, seen_far, mem.scores_far);
+                score(stream.far_k, found.cells, job.q_far, seen_far, mem.scores_far + offset);
             }
             if (!seen.keys.empty()) {
-                score(stream.k, cells, job.q, seen, mem.scores);
+                score(stream.k, found.cells, job.q, seen, mem.scores + offset);
             }
-        } else {
-            there = find_cells(pos, seen_all.keys, cells);
-            if (!there) {
-                return;
-            }
-            score(stream.k, cells, job.q, seen_all, mem.scores);
+            return;
         }
-        weigh(pos, sinks, there, seen_all.tokens);
-        add_weighted(cells, seen_all);
+        found.there = find_cells(pos, found.seen.keys, found.cells);
+        if (found.there) {
+            score(stream.k, found.cells, job.q, found.seen, mem.scores + offset);
+        }
     }
 
-    void weigh(int64_t pos, bool sinks, uint32_t there, const range & tokens) const {
+    void weigh(int64_t first, bool sinks) const {
         const bool    softcap = job.softcap != 0.0f;
         const int64_t n_clamp = std::min<int64_t>(job.n_clamp, 1 << 23);
         logit_params  params = {softcap ? job.scale / job.softcap : job.scale, job.softcap, 0.0f, 0.0f, (float)n_clamp};
-        for (int64_t token = tokens.first; token < tokens.last; ++token) {
-            const auto &   query   = queries[token];
-            const range    far     = cut(0, sinks ? query.sinks_far : 0, pos);
-            const range    seen    = sinks ? cut(0, query.sinks, pos) : cut(query.begin, query.end, pos);
-            const uint32_t visible = seen.bits() & there;
-            params.distance        = (float)std::min(query.pos - pos, n_clamp + BLOCK);
+        for (int64_t token = 0; token < tile.n_tokens; ++token) {
+            const auto & query             = queries[token];
+            uint32_t     visible[N_BLOCKS] = {};
+            for (int64_t i = 0; i < n_blocks; ++i) {
+                const int64_t pos  = first + i * BLOCK;
+                const range   seen = sinks ? cut(0, query.sinks, pos) : cut(query.begin, query.end, pos);
+                visible[i]         = seen.bits() & blocks[i].there;
+            }
+            const int64_t n_far = sinks ? std::clamp<int64_t>(query.sinks_far - first, 0, PART) : 0;
+            params.distance     = (float)std::min(query.pos - first, n_clamp + PART);
             for (int64_t i = 0; i < n_group; ++i) {
-                const int64_t row = token * n_group + i;
-                params.slope      = job.slopes ? job.slopes[head_kv * n_group + i] : 0.0f;
-                std::copy_n(mem.scores_far + row * BLOCK, far.last, mem.scores + row * BLOCK);
-                mem.factors[row] = soften(mem.scores + row * BLOCK, visible, params, mem.max + row, mem.sums + row * W);
+                const int64_t row    = token * n_group + i;
+                float *       scores = mem.scores + row * PART;
+                params.slope         = job.slopes ? job.slopes[head_kv * n_group + i] : 0.0f;
+                std::copy_n(mem.scores_far + row * PART, n_far, scores);
+                mem.max[row] = soften(scores, visible, n_blocks, params, mem.sums + row * W);
             }
         }
     }
 
-    void add_weighted(const int64_t * cells, const view & seen) {
-        const found_rows found  = find_rows(stream.v, cells, seen.keys, job.n_embd_v);
-        const auto &  functions = functions_of(found.type);
-        const int64_t first_row = seen.tokens.first * n_group;
-        const int64_t last_row  = seen.tokens.last * n_group;
-        const int64_t n_embd    = job.n_embd_v;
-        const auto    scores    = [&](int64_t row) { return mem.scores + row * BLOCK; };
-        const auto    acc       = [&](int64_t row) { return mem.acc + row * padded(n_embd); };
+    void add_weighted(const block & from, int64_t offset) const {
+        if (!from.there) {
+            return;
+        }
+        const range &    keys      = from.seen.keys;
+        const found_rows found     = find_rows(stream.v, from.cells, keys, job.n_embd_v);
+        const auto &     functions = functions_of(found.type);
+        const int64_t    first_row = from.seen.tokens.first * n_group;
+        const int64_t    last_row  = from.seen.tokens.last * n_group;
+        const int64_t    n_embd    = job.n_embd_v;
+        const auto       weights   = [&](int64_t row) { return mem.scores + row * PART + offset; };
+        const auto       acc       = [&](int64_t row) { return mem.acc + row * padded(n_embd); };
         if (functions.factors) {
-            functions.factors(found.rows, seen.keys.first, seen.keys.last, n_embd, mem.v_factors);
+            functions.factors(found.rows, keys.first, keys.last, n_embd, functions.scale, mem.v_factors);
         }
         const float * v_factors = functions.factors ? mem.v_factors : nullptr;
         if (last_row - first_row <= PACKED_ROWS && n_embd % LMINF_SIMD_UNIT == 0) {
-            functions.add_packed(last_row - first_row, scores(first_row), mem.factors + first_row, found.rows, v_factors,
-                seen.keys.first, seen.keys.last, n_embd, found.ahead, acc(first_row));
+            functions.add_packed(last_row - first_row, weights(first_row), found.rows, v_factors, keys.first, keys.last,
+                n_embd, found.ahead, acc(first_row));
             return;
         }
-        functions.values(found.rows, seen.keys.first, seen.keys.last, n_embd, found.ahead, mem.v);
+        functions.values(found.rows, keys.first, keys.last, n_embd, found.ahead, mem.v);
         for_rows(first_row, last_row, [&](auto n, int64_t row) {
-            add_unpacked_values<n>(
-                scores(row), mem.factors + row, mem.v, v_factors, seen.keys.first, seen.keys.last, n_embd, acc(row));
+            add_unpacked_values<n>(weights(row), mem.v, v_factors, keys.first, keys.last, n_embd, acc(row));
         });
     }
 };

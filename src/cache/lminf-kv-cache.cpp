@@ -108,6 +108,9 @@ void lminf_kv_cache::init_layers() {
 
         kv.all.push_back(std::move(res));
     }
+    if (!hparams.no_alloc) {
+        kv.use_large_pages();
+    }
 }
 
 lminf_kv_cache::~lminf_kv_cache() {

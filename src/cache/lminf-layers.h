@@ -50,6 +50,9 @@ struct lminf_layers {
     // all tensors are in memory that the CPU reads
     bool is_host() const;
 
+    // Asks the system for large pages: a step reads all keys and values once, and a small page takes long to be found.
+    void use_large_pages() const;
+
     // positions of single tokens as the model's RoPE takes them: M-RoPE has four for each, of which text uses three
     std::vector<int32_t> rope_positions(const std::vector<int32_t> & pos) const;
 

@@ -481,10 +481,12 @@ void test_no_worse_than_ggml() {
 void check_exact(const shape & s) {
     const scene all(s);
     const error found = error_of(all, computed(all, {1, 1 << 20, 29, 3}));
-    if (found.relative() > 1e-6) {
+    const bool  whole = s.type_k == GGML_TYPE_Q8_0 || s.type_k == GGML_TYPE_Q4_0; // queries in sixteen bits
+    const double most = whole ? 1e-4 : 1e-6;
+    if (found.relative() > most) {
         printf("%d %d heads of %d/%d: %.1e\n", s.type_k, s.type_v, (int)s.n_embd_k, (int)s.n_embd_v, found.relative());
     }
-    CHECK(found.relative() <= 1e-6);
+    CHECK(found.relative() <= most);
 }
 
 void test_all_types_and_sizes() {
