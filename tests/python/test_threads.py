@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from lminf_edge import Llama, LMInfConfig
-from lminf_edge.errors import ConfigError
 from lminf_edge._library import lib_path
+from lminf_edge.errors import ConfigError
 from lminf_edge.system import default_n_threads, usable_cpus
 from lminf_edge.text_generation import text_options
 from lminf_edge.threads import INTERVAL, ThreadCount, ThreadPlan, seconds_of_others, threads_beside
@@ -108,8 +108,7 @@ def test_others_are_counted_on_our_processors_without_ourselves(tmp_path: Path) 
 def test_for_a_nice_process_nice_ones_count(tmp_path: Path) -> None:
     (tmp_path / "stat").write_text(STAT)
     code = (
-        "import os, pathlib, time; os.nice(1); from lminf_edge.text_generation import text_options
-from lminf_edge.threads import seconds_of_others;"
+        "import os, pathlib, time; os.nice(1); from lminf_edge.threads import seconds_of_others;"
         f"print(seconds_of_others([0], pathlib.Path({str(tmp_path / 'stat')!r})) + time.process_time())"
     )
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
