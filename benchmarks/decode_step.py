@@ -1,6 +1,6 @@
 """What a full window costs a decode step: with attention of our own, with llama.cpp's, and at an empty context.
 
-    OMP_WAIT_POLICY=passive python benchmarks/decode_step.py novel.txt --threads 1
+    python benchmarks/decode_step.py novel.txt --threads 1
 
 Three contexts of each cache type decode in turns, `--rounds` times: two with a full window, one of them with
 LMINF_ATTENTION=stock, and one at the beginning of a text. Prints medians of the ratios of a round, with the least and

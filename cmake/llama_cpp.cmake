@@ -23,6 +23,12 @@ foreach (extra COMMON TESTS TOOLS EXAMPLES SERVER APP)
     set(LLAMA_BUILD_${extra} OFF)
 endforeach()
 
+# ggml's own threads, made for each graph. Those of OpenMP wait as the environment said when libgomp was loaded, which may
+# have been for another package, and a forked child waits for ever for those of its parent.
+if (NOT LMINF_STOCK)
+    set(GGML_OPENMP OFF)
+endif()
+
 # llama.cpp asks git for its own commit; here that would be the commit of whatever repository the build folder is in.
 set(LLAMA_BUILD_NUMBER 0)
 set(LLAMA_BUILD_COMMIT "unknown")
@@ -41,6 +47,18 @@ foreach (library llama ggml ggml-base ${GGML_AVAILABLE_BACKENDS})
         list(APPEND LMINF_LIBRARIES ${library})
     endif()
 endforeach()
+
+# Threads that wait give way to others.
+if (NOT LMINF_STOCK AND NOT MSVC)
+    set(relax ${CMAKE_CURRENT_LIST_DIR}/ggml_relax.h)
+    set(relaxed ${LMINF_LLAMA_CPP}/ggml/src/ggml-cpu/ggml-cpu.c)
+    file(STRINGS ${relaxed} relax_calls REGEX "^ +ggml_thread_cpu_relax\\(\\);")
+    if (NOT relax_calls)
+        message(FATAL_ERROR "${relaxed} calls no ggml_thread_cpu_relax(): ${relax} has to follow what it does now")
+    endif()
+    set_property(SOURCE ${relaxed} TARGET_DIRECTORY ggml-cpu APPEND PROPERTY COMPILE_OPTIONS -include ${relax})
+    set_property(SOURCE ${relaxed} TARGET_DIRECTORY ggml-cpu APPEND PROPERTY OBJECT_DEPENDS ${relax})
+endif()
 
 # The extension uses llama.cpp's parser of grammars, which is no part of llama.h. Elsewhere symbols are visible by default.
 set_target_properties(llama PROPERTIES WINDOWS_EXPORT_ALL_SYMBOLS ON)

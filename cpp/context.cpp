@@ -64,7 +64,9 @@ static llama_context * init_plain(llama_model * model, const llama_context_param
 
 Context::Context(std::shared_ptr<Model> model, const context_options & options) :
     model(std::move(model)),
-    options(options) {
+    options(options),
+    n_threads_wanted(options.n_threads),
+    n_threads_batch_wanted(options.n_threads_batch) {
     check_options(options);
 
     llama_model *              llama  = this->model->ptr.get();
@@ -86,8 +88,27 @@ Context::Context(std::shared_ptr<Model> model, const context_options & options) 
             error_type::unsupported_model, "the model keeps no context: it is an encoder, and cannot read a stream");
     }
     last_n_past.reset(new std::atomic<int64_t>[options.n_seq_max] {});
-    llama_set_abort_callback(
-        ptr.get(), [](void * data) { return static_cast<interrupt_check *>(data)->poll(); }, &interrupt);
+    llama_set_abort_callback(ptr.get(), [](void * data) { return static_cast<Context *>(data)->poll(); }, this);
+}
+
+void Context::set_n_threads(int32_t n_threads, int32_t n_threads_batch) {
+    n_threads_wanted       = n_threads;
+    n_threads_batch_wanted = n_threads_batch;
+}
+
+// llama.cpp looks at them when a micro-batch begins.
+void Context::apply_n_threads() {
+    const auto [n_threads, n_threads_batch] = this->n_threads();
+    if (n_threads != llama_n_threads(ptr.get()) || n_threads_batch != llama_n_threads_batch(ptr.get())) {
+        llama_set_n_threads(ptr.get(), n_threads, n_threads_batch);
+    }
+}
+
+// Called by the thread that computes, after each operation.
+bool Context::poll() {
+    const bool stop = interrupt.poll();
+    apply_n_threads();
+    return stop;
 }
 
 void Context::check_seq_id(llama_seq_id seq_id) const {
@@ -159,6 +180,7 @@ void Context::use::decode(
     const log_scope           scope(context.model->verbose);
 
     forget_logits();
+    context.apply_n_threads();
     context.interrupt.restart(callers_check);
     const int32_t status =
         lminf_decode(ctx(), seq_id, tokens, static_cast<int32_t>(n_tokens), all_logits ? output.data() : nullptr);
@@ -205,6 +227,7 @@ void Context::use::decode_batch(const llama_token * tokens, const llama_seq_id *
     const log_scope scope(context.model->verbose);
 
     forget_logits();
+    context.apply_n_threads();
     context.interrupt.restart(nullptr);
     const int32_t status = llama_decode(ctx(), *batch);
     context.interrupt.rethrow();

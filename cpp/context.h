@@ -11,6 +11,7 @@
 #include <optional>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 namespace lminf_python {
@@ -52,6 +53,12 @@ public:
 
     bool is_closed() const { return closed; }
 
+    // Threads that compute one token and several at once, from the next micro-batch on. Never waits: can be called while
+    // another thread computes, and from its checks.
+    void set_n_threads(int32_t n_threads, int32_t n_threads_batch);
+
+    std::pair<int32_t, int32_t> n_threads() const { return {n_threads_wanted, n_threads_batch_wanted}; }
+
     // Never waits: while another thread computes, the position before its micro-batch.
     int64_t n_past(llama_seq_id seq_id) const;
 
@@ -59,11 +66,16 @@ public:
     void check_seq_id(llama_seq_id seq_id) const;
 
 private:
+    void apply_n_threads();
+    bool poll();
+
     std::unique_ptr<llama_context, context_deleter> ptr;
     std::unique_ptr<std::atomic<int64_t>[]>         last_n_past; // of each sequence
     std::mutex                                      mutex;
     std::atomic<std::thread::id>                    owner{};
     std::atomic<bool>                               closed{false};
+    std::atomic<int32_t>                            n_threads_wanted;
+    std::atomic<int32_t>                            n_threads_batch_wanted;
     std::optional<llama_seq_id> logits_of; // the sequence that the logits belong to, if there are any
     std::vector<float>          restored_logits; // they came with a state; empty: llama.cpp has them
     interrupt_check             interrupt;

@@ -65,6 +65,13 @@ static std::unique_ptr<Context> make_context(std::shared_ptr<Model> model, std::
     return std::make_unique<Context>(std::move(model), options);
 }
 
+static void set_n_threads(Context & context, int32_t n_threads, int32_t n_threads_batch) {
+    if (n_threads < 1 || n_threads_batch < 1) {
+        throw error(error_type::config, "n_threads and n_threads_batch must be at least 1");
+    }
+    context.set_n_threads(n_threads, n_threads_batch);
+}
+
 static void decode(Context & context, const token_array & tokens, llama_seq_id seq_id,
     const py::object & callers_check, int recall) {
     Context::use held(context, seq_id);
@@ -431,6 +438,8 @@ void register_context(py::module_ & m) {
         .def_property_readonly("n_ubatch", with_ctx(llama_n_ubatch))
         .def_property_readonly("n_seq_max", with_ctx(llama_n_seq_max))
         .def_property_readonly("params", &resolved_params)
+        .def_property_readonly("n_threads", &Context::n_threads)
+        .def("set_n_threads", &set_n_threads, py::arg("n_threads"), py::arg("n_threads_batch"))
         .def("n_past", &Context::n_past, seq_id)
         .def("stats", &stats, seq_id)
         .def("middle_stats", &middle_stats, seq_id)

@@ -32,7 +32,7 @@ class TokenHistory:
         if len(self._tokens) + tokens.size > self._n_max:
             self._tokens = None
             return
-        self._tokens.frombytes(np.ascontiguousarray(tokens, np.int32).tobytes())
+        self._tokens.frombytes(tokens.tobytes())
 
     def truncate(self, n_past: int) -> None:
         """The sequence was cut down to its first n_past tokens."""

@@ -31,8 +31,8 @@ from lminf_edge.saved_state import config_settings, sequence_state, state_file
 from lminf_edge.scoring_methods import ScoringMethods
 from lminf_edge.sequence import ModelSequence
 from lminf_edge.state_file import StateFile, model_fingerprint, read_state_file, write_state_file
-from lminf_edge.system import default_n_threads
 from lminf_edge.text_generation import TextOptions, write_text
+from lminf_edge.threads import ThreadPlan
 from lminf_edge.tokens import TokenArray, TokenSequence, as_token_array
 
 N_CTX_MAX = 2**24
@@ -59,8 +59,9 @@ class Llama(CompletionMethods, ScoringMethods):
             up to a multiple of 256. None: the length that the model was trained on.
         n_batch: Tokens handed to llama.cpp at once. None: 2048, at least n_ubatch.
         n_ubatch: Tokens computed at once (a micro-batch). None: 256, at most n_batch. It adds to the window's cells.
-        n_threads: Threads for generation. None: the usable physical cores.
-        n_threads_batch: Threads for prompts. None: n_threads.
+        n_threads: Threads for generation. None: the usable physical cores, and fewer while other processes use some
+            of them (looked at about four times a second, on Linux). The result does not depend on it.
+        n_threads_batch: Threads for prompts. None: as for generation.
         n_gpu_layers: Layers to keep on a GPU if there is one; -1 means all.
         cache_type_k: Type of the cached keys: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0 or iq4_nl.
         cache_type_v: Type of the cached values. Quantised values need flash attention.
@@ -111,7 +112,9 @@ class Llama(CompletionMethods, ScoringMethods):
                 stacklevel=2,
             )
             n_ctx = None
-        threads = check_optional_int("n_threads", n_threads, 1, 512) or default_n_threads()
+        check_optional_int("n_threads", n_threads, 1, 512)
+        check_optional_int("n_threads_batch", n_threads_batch, 1, 512)
+        threads = ThreadPlan(n_threads, n_threads_batch)
         batch, ubatch = batch_sizes(n_batch, n_ubatch)
         if flash_attn is not None:
             check_bool("flash_attn", flash_attn)
@@ -121,13 +124,14 @@ class Llama(CompletionMethods, ScoringMethods):
             check_choice("chat_format", chat_format, builtin_template_names())
         self._chat_format_name = chat_format
         self._random = random.Random(check_optional_int("seed", seed, 0, N_SEED_MAX))
+        n_threads, n_threads_batch = threads.now()
         context_options = {
             "n_ctx": check_optional_int("n_ctx", n_ctx, 1, N_CTX_MAX) or 0,
             "n_batch": batch,
             "n_ubatch": ubatch,
             "n_seq_max": _n_seq_max,
-            "n_threads": threads,
-            "n_threads_batch": check_optional_int("n_threads_batch", n_threads_batch, 1, 512) or threads,
+            "n_threads": n_threads,
+            "n_threads_batch": n_threads_batch,
         }
         model = _core.Model(
             str(check_gguf_file(model_path)),
@@ -148,7 +152,7 @@ class Llama(CompletionMethods, ScoringMethods):
             store_path=str(lminf.middle.path) if lminf and lminf.middle and lminf.middle.path else "",
             **context_options,
         )
-        self._sequence = ModelSequence(model, context, None if lminf is not None else context.n_ctx)
+        self._sequence = ModelSequence(model, context, None if lminf is not None else context.n_ctx, threads)
         self._n_ubatch = context.n_ubatch
         self._config = from_params(context.params, lminf.middle if lminf else None)
         self._cache_settings = {

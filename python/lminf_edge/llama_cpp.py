@@ -20,6 +20,7 @@ from lminf_edge._library import _core, lib_path
 from lminf_edge._params import to_params
 from lminf_edge.config import LMInfConfig
 from lminf_edge.errors import ConfigError
+from lminf_edge.threads import ThreadPlan
 
 LLAMA_CPP_PYTHON_VERSION = "0.3.36"
 """The llama-cpp-python whose llama.cpp this package's libraries are built from. Others declare other structures."""
@@ -70,7 +71,8 @@ class EndlessLlama(llama_cpp.Llama):  # type: ignore[misc]
     Args:
         model_path: A GGUF file.
         lminf: Sink tokens, window and clamp. None: all defaults.
-        options: Those of `llama_cpp.Llama`. `n_ctx` bounds `n_batch` and is no limit for the text.
+        options: Those of `llama_cpp.Llama`. `n_ctx` bounds `n_batch` and is no limit for the text. `n_threads` and
+            `n_threads_batch` follow what other processes leave, if they are not given.
 
     Raises:
         ConfigError: `lminf` does not fit the model or the other options.
@@ -85,6 +87,9 @@ class EndlessLlama(llama_cpp.Llama):  # type: ignore[misc]
             raise ConfigError(f"lminf = {lminf!r}: must be an LMInfConfig or None")
         self.lminf = LMInfConfig() if lminf is None else lminf
         self._decoded: dict[bool, tuple[list[int], bytes]] = {}
+        self._given_threads = {name: options.get(name) for name in ("n_threads", "n_threads_batch")}
+        self._threads = ThreadPlan(**self._given_threads)
+        options["n_threads"], options["n_threads_batch"] = self._threads.now()
         _core.use_params(to_params(self.lminf, 0))
         try:
             super().__init__(model_path, **options)
@@ -108,6 +113,7 @@ class EndlessLlama(llama_cpp.Llama):  # type: ignore[misc]
         self.input_ids: _Array = _with_room(self.input_ids, n_tokens)
         if self._logits_all:
             self.scores: _Array = _with_room(self.scores, n_tokens)
+        self._ctx.set_n_threads(*self._threads.now())
         super().eval(tokens)
 
     def detokenize(self, tokens: list[int], prev_tokens: list[int] | None = None, special: bool = False) -> bytes:
@@ -133,7 +139,7 @@ class EndlessLlama(llama_cpp.Llama):  # type: ignore[misc]
         return text
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "lminf": self.lminf}
+        return {**super().__getstate__(), **self._given_threads, "lminf": self.lminf}
 
 
 def _with_room(array: _Array, n_rows: int) -> _Array:

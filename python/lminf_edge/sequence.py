@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +16,7 @@ from lminf_edge.errors import ContextError, StateError
 from lminf_edge.history import TokenHistory
 from lminf_edge.records import MemoryStats, RecalledToken
 from lminf_edge.system import peak_resident_bytes, resident_bytes
+from lminf_edge.threads import ThreadPlan
 from lminf_edge.timing import TokenTimes
 from lminf_edge.tokens import TokenArray
 
@@ -39,18 +41,21 @@ class ModelSequence:
 
     Attributes:
         n_ctx: Length at which the context is full, in tokens. None: never (LM-Infinite).
+        threads: How many threads compute.
         token_times: How long drawn tokens took.
     """
 
-    def __init__(self, model: _core.Model, context: _core.Context, n_ctx: int | None) -> None:
+    def __init__(self, model: _core.Model, context: _core.Context, n_ctx: int | None, threads: ThreadPlan) -> None:
         """An empty sequence.
 
         Args:
             model: The model of the context.
             context: The context.
             n_ctx: See above.
+            threads: See above.
         """
         self.n_ctx = n_ctx
+        self.threads = threads
         self.token_times = TokenTimes()
         self._open: tuple[_core.Model, _core.Context] | None = (model, context)
         self._history = TokenHistory()
@@ -162,6 +167,7 @@ class ModelSequence:
         """
         context = self.context
         self.make_room(tokens.size)
+        context.set_n_threads(*self.threads.now())
         n_before = context.n_past()
         try:
             yield context
@@ -176,10 +182,17 @@ class ModelSequence:
             check: Called about every 50 ms; what it raises stops the reading after a complete micro-batch.
             recall: Of `recall_mode`.
         """
+        meanwhile = partial(self._meanwhile, check) if tokens.size > 1 else check
         for begin in range(0, tokens.size, self._n_batch):
             piece = tokens[begin : begin + self._n_batch]
             with self.recording(piece) as context:
-                context.decode(piece, check=check, recall=recall)
+                context.decode(piece, check=meanwhile, recall=recall)
+
+    def _meanwhile(self, check: Callable[[], object] | None) -> None:
+        """Called while many tokens are read."""
+        self.context.set_n_threads(*self.threads.now())
+        if check is not None:
+            check()
 
     def recalled(self, n: int) -> tuple[RecalledToken, ...]:
         """The n heaviest of the tokens that the last one looked up."""

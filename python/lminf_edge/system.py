@@ -9,6 +9,13 @@ import sys
 from pathlib import Path
 
 
+def usable_cpus() -> list[int]:
+    """The processors that this process may use, by number; hardware threads of one core count as several."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
 def default_n_threads() -> int:
     """Threads to compute with: the physical cores that this process may use.
 
@@ -16,8 +23,7 @@ def default_n_threads() -> int:
     """
     if sys.platform == "darwin":
         return _sysctl("hw.perflevel0.physicalcpu") or _sysctl("hw.physicalcpu") or os.cpu_count() or 1
-    usable = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-    cores = {_core_of(cpu) for cpu in usable}
+    cores = {_core_of(cpu) for cpu in usable_cpus()}
     quota = _cgroup_cpus()
     return max(1, len(cores) if quota is None else min(len(cores), quota))
 

@@ -139,7 +139,6 @@ class LlamaCppPython:
 def _environment(libraries: Path | None, further: dict[str, str] | None) -> dict[str, str]:
     variables = {name: value for name, value in os.environ.items() if not name.startswith("LMINF_")}
     variables.pop("LLAMA_CPP_LIB_PATH", None)
-    variables.setdefault("OMP_WAIT_POLICY", "passive")  # on a busy machine spinning threads take minutes
     if libraries is not None:
         variables["LLAMA_CPP_LIB_PATH"] = str(libraries)
     return {**variables, **(further or {})}

@@ -10,12 +10,13 @@ from typing import Annotated, Any
 
 import typer
 
+from lminf_edge._params import N_UBATCH
 from lminf_edge.cli._options import GpuLayers, ModelFile, Threads, Window
 from lminf_edge.cli._terminal import find_model
 from lminf_edge.config import LMInfConfig
 from lminf_edge.errors import ConfigError
 from lminf_edge.evaluation.answering import AnsweringSettings
-from lminf_edge.evaluation.methods import METHODS, N_UBATCH, WITHOUT_STORE, MethodSetup
+from lminf_edge.evaluation.methods import METHODS, WITHOUT_STORE, MethodSetup
 from lminf_edge.evaluation.results import ResultLog
 from lminf_edge.evaluation.texts import trained_length
 from lminf_edge.evaluation.token_source import vocabulary_of
@@ -108,7 +109,7 @@ class MethodOptions:
             methods=names(self.methods),
             cache_types=names(self.cache_types),
             n_sink=self.n_sink,
-            n_window=max(1, min(1024, n_ctx_train // 8)) if self.n_window is None else self.n_window,
+            n_window=default_window(n_ctx_train, self.n_window),
             n_clamp=self.n_clamp,
             n_block=self.n_block,
             n_shift=self.n_shift,
@@ -159,6 +160,11 @@ class AnsweringOptions(MethodOptions):
             "max_tokens": self.max_tokens,
             "seed": self.seed,
         }
+
+
+def default_window(n_ctx_train: int, given: int | None) -> int:
+    """The window that was given, or one for a model that was trained on a length."""
+    return max(1, min(1024, n_ctx_train // 8)) if given is None else given
 
 
 def absolute(path: str | None) -> str | None:

@@ -13,6 +13,7 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 
 import typer
 
+from lminf_edge._params import N_UBATCH, cache_type_pair
 from lminf_edge.cli._terminal import find_model, loading_bar
 from lminf_edge.completion_types import TextParams
 from lminf_edge.config import LMInfConfig
@@ -20,9 +21,6 @@ from lminf_edge.llama import Llama
 from lminf_edge.sampling import SamplingOptions
 
 _MODEL, _WINDOW, _SAMPLING = "Model", "Window", "Sampling"
-
-_N_BATCH = 256
-"""Tokens that llama.cpp gets at once: its own micro-batch, so that progress is seen after each."""
 
 AsJson = Annotated[bool, typer.Option("--json", help="Report as JSON on standard output.")]
 
@@ -35,7 +33,8 @@ ModelFile = Annotated[
 ]
 
 Threads = Annotated[
-    int | None, typer.Option(min=1, help="Threads. Default: the usable physical cores.", rich_help_panel=_MODEL)
+    int | None,
+    typer.Option(min=1, help="Threads. Default: the physical cores that others leave.", rich_help_panel=_MODEL),
 ]
 
 GpuLayers = Annotated[int, typer.Option(min=-1, help="Layers to keep on a GPU; -1 is all.", rich_help_panel=_MODEL)]
@@ -54,19 +53,31 @@ class ModelOptions:
 
     model: ModelFile = None
     cache_type: Annotated[
-        str, typer.Option(help="Type of cached keys and values: f16, q8_0, q4_0 ...", rich_help_panel=_MODEL)
+        str,
+        typer.Option(
+            help="Type of cached keys and values: f16, q8_0, q4_0 ..., or of both: q8_0/q4_0.", rich_help_panel=_MODEL
+        ),
     ] = "f16"
+    n_ubatch: Annotated[
+        int, typer.Option(min=1, help="Tokens of a micro-batch.", rich_help_panel=_MODEL, metavar="N")
+    ] = N_UBATCH
     threads: Threads = None
     gpu_layers: GpuLayers = 0
 
     def llama_options(self) -> dict[str, Any]:
-        """The keyword arguments of `Llama` that these options stand for."""
+        """The keyword arguments of `Llama` that these options stand for.
+
+        Raises:
+            ConfigError: There are more than two types.
+        """
+        cache_type_k, cache_type_v = cache_type_pair(self.cache_type)
         return {
-            "n_batch": _N_BATCH,
+            "n_batch": self.n_ubatch,  # so that progress is seen after each micro-batch
+            "n_ubatch": self.n_ubatch,
             "n_threads": self.threads,
             "n_gpu_layers": self.gpu_layers,
-            "cache_type_k": self.cache_type,
-            "cache_type_v": self.cache_type,
+            "cache_type_k": cache_type_k,
+            "cache_type_v": cache_type_v,
         }
 
     def open(self, config: LMInfConfig, seed: int | None) -> Llama:

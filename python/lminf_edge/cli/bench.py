@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -10,14 +12,20 @@ from rich.markup import escape
 from rich.status import Status
 
 from lminf_edge.cli._bench_tables import show_bench
-from lminf_edge.cli._evaluation import MethodOptions, Output, names, numbers, result_log
+from lminf_edge.cli._evaluation import MethodOptions, Output, default_window, names, numbers, result_log
 from lminf_edge.cli._options import AsJson, with_option_groups
 from lminf_edge.cli._terminal import find_model, messages, with_exit_codes
+from lminf_edge.cli._tuned import show_tuned, tuned_document
+from lminf_edge.config import LMInfConfig
+from lminf_edge.errors import ConfigError
 from lminf_edge.evaluation.bench import BenchSettings, run_bench
 from lminf_edge.evaluation.bench.plan import PEERS, RECOMPUTE
+from lminf_edge.evaluation.bench.tune import TuneSettings, thread_numbers
+from lminf_edge.evaluation.bench.tune import tune as tune_here
 from lminf_edge.evaluation.methods import METHODS
 from lminf_edge.evaluation.texts import trained_length
 from lminf_edge.evaluation.token_source import vocabulary_of
+from lminf_edge.system import default_n_threads
 
 _WHAT, _PEER, _METHODS = "What is measured", "Peer", "Methods"
 
@@ -116,6 +124,14 @@ def bench(
             metavar="PATH",
         ),
     ] = None,
+    tune: Annotated[
+        bool,
+        typer.Option(
+            "--tune",
+            help="Try numbers of threads, micro-batches and types of cache instead, and tell which are faster than the "
+            "defaults.",
+        ),
+    ] = False,
     results: Output = None,
     as_json: AsJson = False,
     what: WhatOptions,
@@ -125,12 +141,53 @@ def bench(
 
     All methods have their turns in every round: ratios are those of one round. Numbers may be given as 2048, 2k or 1M.
     """
+    if tune:
+        _tune(peer, results, as_json, what, methods)
+        return
     settings = _settings(peer, peer_python, what, methods)
     with result_log(results, as_json) as log:
         with Status("starting", console=messages) as status:
             run_bench(settings, log, lambda doing: status.update(escape(doing)))
         if not as_json:
             show_bench(log)
+
+
+def _tune(
+    peer: str | None, results: Path | None, as_json: bool, what: WhatOptions, methods: BenchMethodOptions
+) -> None:
+    for name, given in (
+        ("--peer", peer),
+        ("--output", results),
+        ("--methods", methods.methods or None),
+        ("--threads", methods.threads),
+        ("--depths", what.depths),
+        ("--latency-tokens", what.latency_tokens),
+    ):
+        if given is not None:
+            raise ConfigError(f"{name} has no meaning with --tune: leave it away")
+    path = find_model(methods.model)
+    values = what.values()
+    (n_prompt,) = (numbers("--prompts", what.prompts) if what.prompts is not None else (512,))[:1]
+    settings = TuneSettings(
+        model=str(path),
+        config=LMInfConfig(
+            n_sink=methods.n_sink,
+            n_window=default_window(trained_length(vocabulary_of(path), path), methods.n_window),
+            n_clamp=methods.n_clamp,
+            n_block=methods.n_block,
+        ),
+        n_gpu_layers=methods.gpu_layers,
+        n_threads=thread_numbers(default_n_threads()),
+        rounds=TuneSettings.rounds if what.rounds is None and not what.quick else values["rounds"],
+        n_decode=values["n_decode"],
+        n_prompt=n_prompt,
+    )
+    with Status("starting", console=messages) as status:
+        result = tune_here(settings, lambda doing: status.update(escape(doing)))
+    if as_json:
+        print(json.dumps(tuned_document(settings, result), indent=2, ensure_ascii=False))
+    else:
+        show_tuned(settings, result)
 
 
 def _settings(

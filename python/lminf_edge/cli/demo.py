@@ -20,8 +20,6 @@ from lminf_edge.records import GenerationStep
 
 STORY_BEGINNING = "\n\nOnce upon a time, in a small village at the edge of a great forest, there lived"
 
-N_UBATCH = 256  # half of llama.cpp's default: as fast, and half of the memory for logits
-
 
 @with_exit_codes
 @with_option_groups
@@ -48,7 +46,7 @@ def demo(
     options = ReaderOptions(
         model_path=path,
         lminf=config,
-        n_ubatch=N_UBATCH,
+        n_ubatch=model.n_ubatch,
         n_threads=model.threads,
         n_gpu_layers=model.gpu_layers,
         cache_type=model.cache_type,

@@ -16,6 +16,7 @@ from lminf_edge.errors import ConfigError, StateError
 from lminf_edge.llama import Llama
 from lminf_edge.records import MemoryStats
 from lminf_edge.sequence import ModelSequence
+from lminf_edge.threads import ThreadPlan
 
 
 class ShiftingLlama(Llama):
@@ -35,7 +36,8 @@ class ShiftingLlama(Llama):
             LMInfError: As for `Llama`.
         """
         super().__init__(model_path, n_ctx=n_ctx, **options)
-        self._sequence = ShiftingSequence(self._model, self._context, check_int("n_keep", n_keep, 0))
+        n_keep = check_int("n_keep", n_keep, 0)
+        self._sequence = ShiftingSequence(self._model, self._context, n_keep, self._sequence.threads)
 
     @property
     def n_shifts(self) -> int:
@@ -52,9 +54,9 @@ class ShiftingSequence(ModelSequence):
         n_shifts: How often the context was shifted.
     """
 
-    def __init__(self, model: _core.Model, context: _core.Context, n_keep: int) -> None:
+    def __init__(self, model: _core.Model, context: _core.Context, n_keep: int, threads: ThreadPlan) -> None:
         """See `ModelSequence`."""
-        super().__init__(model, context, None)
+        super().__init__(model, context, None, threads)
         self.n_keep = n_keep
         self.n_shifts = 0
         self._n_cells = context.n_ctx

@@ -8,6 +8,7 @@ from itertools import product
 from pathlib import Path
 
 from lminf_edge._checks import check_choice, check_optional_int
+from lminf_edge._params import N_UBATCH
 from lminf_edge.config import LMInfConfig
 from lminf_edge.errors import ConfigError
 from lminf_edge.evaluation.reader import ReaderOptions
@@ -27,9 +28,6 @@ WITHOUT_STORE = tuple(name for name in METHODS if name != "middle")
 
 NO_CLAMP = 2**28
 """Distances of sink tokens up to this are their true ones: the largest n_clamp that the engine takes."""
-
-N_UBATCH = 256
-"""Tokens of a micro-batch: as fast as llama.cpp's default, with half of the memory for logits."""
 
 
 @dataclass(frozen=True, kw_only=True)
