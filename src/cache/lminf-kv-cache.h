@@ -39,6 +39,7 @@ struct lminf_cache_group {
     // Attention of our own takes the place of llama.cpp's in all layers, or, for this reason, in none.
     std::string why_stock;
     bool has_own_attention() const { return why_stock.empty(); }
+    std::string attention; // the same for people
 
     lminf_recall_mode recall = LMINF_RECALL_OFF; // of the tokens that are decoded from now on
 

@@ -1,5 +1,7 @@
 #include "lminf-memory.h"
 
+#include "lminf-products.h"
+
 #include "llama-context.h"
 #include "llama-impl.h"
 #include "llama-io.h"
@@ -44,6 +46,9 @@ llama_memory_context_ptr lminf_memory::init_batch(llama_batch_allocr & balloc, u
 }
 
 llama_memory_context_ptr lminf_memory::init_full() {
+    if (group->params.deterministic) {
+        lminf_use_single_row_products(group->lctx);
+    }
     return inner->init_full();
 }
 
