@@ -184,7 +184,7 @@ lminf_status lminf_resolve_params(
 
     p.n_window = p.n_window ? p.n_window : std::min(2048u, n_train);
     p.n_clamp  = p.n_clamp  ? p.n_clamp  : p.n_window;
-    p.n_block  = p.n_block  ? p.n_block  : std::min(p.n_sink > N_SINK_FEW ? std::max(64u, n_ubatch) : 64u, p.n_clamp);
+    p.n_block  = p.n_block  ? p.n_block  : std::min(p.n_sink > N_SINK_FEW && !p.deterministic ? std::max(64u, n_ubatch) : 64u, p.n_clamp);
     p.n_rebase = p.n_rebase ? p.n_rebase : 65536;
 
     const auto str = [](uint64_t x) { return std::to_string(x); };

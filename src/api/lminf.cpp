@@ -104,6 +104,7 @@ llama_memory_i * lminf_create_memory(
     }
 
     auto & p = *asked;
+    p.deterministic = p.deterministic || lminf_deterministic_from_env();
     if (request.by_caller && !request.path.empty()) {
         p.middle.path = request.path.c_str();
     }
@@ -119,8 +120,6 @@ llama_memory_i * lminf_create_memory(
     if (std::any_of(model.layers.begin(), model.layers.end(), has_factors)) {
         cparams.n_ctx_seq = lminf_largest_distance(model, p);
     }
-
-    p.deterministic = p.deterministic || lminf_deterministic_from_env();
 
     const std::string why_stock = lminf_stock_attention_from_env() ? "LMINF_ATTENTION=stock"
                                                                    : lminf_attention_op::why_not(model, params.type_k, params.type_v);

@@ -41,7 +41,7 @@ struct lminf_params {
     uint32_t n_window;   // W: key j is in the local window of query p iff p - j < W; 0 = min(2048, trained context)
     uint32_t n_clamp;    // L: the largest RoPE distance a query may see; 0 = n_window
     uint32_t n_block;    // B: the clamp moves once per B positions, 1 <= B <= L; 0 = min(64, L), of more than 64 sink tokens
-                         // min(max(64, n_ubatch), L)
+                         // min(max(64, n_ubatch), L) unless deterministic
     uint32_t n_rollback; // a sequence can be cut exactly to this many tokens fewer than the longest it has been
     uint32_t n_rebase;   // physical position at which a sequence is rebased; 0 = 65536
     enum lminf_sink_order sink_order;

@@ -153,6 +153,8 @@ public:
 
     bool has_seq(llama_seq_id seq_id) const { return seq_id >= 0 && (size_t) seq_id < seqs.size(); }
 
+    const lminf_policy & get_policy() const { return policy; }
+
     const lminf_sequence & sequence(llama_seq_id seq_id) const { return seqs[seq_id]; }
 
     // the logical positions [j0, j1) that llama.cpp calls [p0, p1), where negative means "to the end"

@@ -103,6 +103,12 @@ static bool is_factor(const llama_model & model, const ggml_tensor * weight) {
 }
 
 std::string lminf_why_not_same_bits(const llama_model & model) {
+    if (model.arch == LLM_ARCH_MINIMAX_01) {
+        return "linear attention takes the tokens of a micro-batch together";
+    }
+    if (model.arch == LLM_ARCH_CHAMELEON) {
+        return "llama.cpp rules image tokens out after the first token of a batch only";
+    }
     for (size_t i = 0; i < ggml_backend_dev_count(); ++i) {
         ggml_backend_dev_t dev = ggml_backend_dev_get(i);
         if (ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_ACCEL) {

@@ -16,6 +16,7 @@ from hypothesis import settings
 
 from dequantize import write_f32_model
 from llama_cpp_python import LlamaCppPython
+from quantize import quantize_model
 from reference import FULL_ATTENTION, Attention
 from tiny_models import HEAD_32, HEAD_64, TIED, TinyModel, TinyShape, write_tiny_model
 
@@ -109,6 +110,12 @@ def default_model() -> Path:
 def default_model_f32(default_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The default model with F32 weights: no rounding of activations to 8 bits hides or makes a difference."""
     return write_f32_model(default_model, tmp_path_factory.mktemp("f32") / "default-f32.gguf")
+
+
+@pytest.fixture(scope="session")
+def default_model_q4_k(default_model_f32: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The default model with Q4_K weights, or a neighbouring type where rows are no multiple of 256."""
+    return quantize_model(default_model_f32, tmp_path_factory.mktemp("q4_K") / "default-q4_K.gguf", "q4_K")
 
 
 @pytest.fixture(scope="session")
