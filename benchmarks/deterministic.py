@@ -81,7 +81,9 @@ def print_speed(models: Iterable[Path], n_threads: int, n_rounds: int) -> None:
     print(markdown_table(("weights", "a prompt takes, times", "a token takes, times"), rows))
 
 
-def seconds(path: Path, n_threads: int, deterministic: bool, n_prompt: int = 512, n_drawn: int = 48) -> tuple[float, float]:
+def seconds(
+    path: Path, n_threads: int, deterministic: bool, n_prompt: int = 512, n_drawn: int = 48
+) -> tuple[float, float]:
     """Of a token of a prompt, and of a drawn one, medians of the micro-batches and of the tokens."""
     with Llama(path, lminf=LMInfConfig(n_window=1024), n_threads=n_threads, deterministic=deterministic, seed=0) as llm:
         tokens = [1 + i % 1000 for i in range(n_prompt)]

@@ -1,6 +1,6 @@
 """Writes a GGUF model again with weights of another type, by llama.cpp's own quantisation.
 
-    python benchmarks/quantize.py model-f32.gguf model-q4_k.gguf q4_K
+python benchmarks/quantize.py model-f32.gguf model-q4_k.gguf q4_K
 """
 
 from __future__ import annotations

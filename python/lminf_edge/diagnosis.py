@@ -179,7 +179,7 @@ class _SelfTest:
         if np.array_equal(logprobs, self._logprobs):
             detail = "bit for bit"
         if others := [f"{name} ({buffer_type})" for name, buffer_type, _, same_bits in weights if not same_bits]:
-            detail += f"; products with weights of type {', '.join(others)} do not, except with deterministic=True"
+            detail += f"; with weights of type {', '.join(others)} bit for bit only where deterministic=True"
         return passed, detail
 
     def compare_memory(self) -> tuple[bool, str]:

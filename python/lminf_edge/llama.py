@@ -117,7 +117,9 @@ class Llama(CompletionMethods, ScoringMethods):
             )
             n_ctx = None
         if check_bool("deterministic", deterministic) and lminf is None:
-            raise ConfigError("deterministic = True: needs lminf, since llama.cpp's attention depends on how a text is cut")
+            raise ConfigError(
+                "deterministic = True: needs lminf, since llama.cpp's attention depends on how a text is cut"
+            )
         if deterministic and n_gpu_layers != 0:
             raise ConfigError(f"n_gpu_layers = {n_gpu_layers}: must be 0 with deterministic, which computes on the CPU")
         threads = check_optional_int("n_threads", n_threads, 1, 512) or default_n_threads()

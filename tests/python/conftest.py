@@ -126,19 +126,19 @@ def head_32(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
 
 @pytest.fixture(scope="module")
 def real(default_model: Path) -> Iterator[Llama]:
-    """The default model with a window of 256."""
+    """The default model with a window of 256; its logits are the same bits however a text is cut."""
     from lminf_edge import Llama, LMInfConfig
 
-    with Llama(default_model, lminf=LMInfConfig(n_window=256), seed=0) as llm:
+    with Llama(default_model, lminf=LMInfConfig(n_window=256), deterministic=True, seed=0) as llm:
         yield llm
 
 
 @pytest.fixture
 def tiny(head_32: TinyModel) -> Iterator[Llama]:
-    """A tiny random model with a window of 64 and nothing rounded."""
+    """A tiny random model with a window of 64, nothing rounded, and the same bits however a text is cut."""
     from lminf_edge import Llama, LMInfConfig
 
-    exact: Any = {"cache_type_k": "f32", "cache_type_v": "f32", "flash_attn": False}
+    exact: Any = {"cache_type_k": "f32", "cache_type_v": "f32", "flash_attn": False, "deterministic": True}
     window = LMInfConfig(n_window=64, n_rollback=16)
     with Llama(head_32.path, lminf=window, n_ubatch=16, n_threads=1, seed=0, **exact) as llm:
         yield llm

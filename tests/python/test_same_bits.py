@@ -16,10 +16,19 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from lminf_edge import Llama, LMInfConfig
+from lminf_edge import (
+    ConfigError,
+    ContextError,
+    Llama,
+    LMInfConfig,
+    MiddleConfig,
+    UnsupportedModelError,
+)
 from lminf_edge._library import _core
+from lminf_edge._params import to_params
 from lminf_edge.evaluation.texts import python_documentation
 from quantize import quantize_model
+from tiny_families import FAMILIES
 from tiny_models import TinyShape, random_tokens, write_tiny_model
 
 WINDOW = LMInfConfig(n_window=128, n_rollback=40)
@@ -71,7 +80,14 @@ def tiny_case(tiny_f32: Path, weight_type: str, **options: Any) -> Case:
 
 @pytest.fixture(
     scope="module",
-    params=["default f16 f16", "default q8_0 q8_0", "default q8_0 q4_0", "q4_K q8_0 q4_0", "f16 f16 f16", "f32 f32 f32"],
+    params=[
+        "default f16 f16",
+        "default q8_0 q8_0",
+        "default q8_0 q4_0",
+        "q4_K q8_0 q4_0",
+        "f16 f16 f16",
+        "f32 f32 f32",
+    ],
 )
 def case(request: pytest.FixtureRequest, default_model: Path, tiny_f32: Path) -> Case:
     weights, type_k, type_v = request.param.split()
@@ -132,6 +148,16 @@ def test_beside_others(case: Case, one_by_one: npt.NDArray[np.float32]) -> None:
             assert np.array_equal(logits[0], one_by_one[i])
 
 
+def test_copied(case: Case, one_by_one: npt.NDArray[np.float32]) -> None:
+    with case.open(n_ubatch=64, n_threads=2, _n_seq_max=2) as llm:
+        llm.eval(case.tokens[:390])
+        llm._context.seq_cp(0, 1)
+        llm.eval(case.tokens[:30])
+        logits = np.empty((N_READ - 390, llm.n_vocab), np.float32)
+        llm._context.eval(np.array(case.tokens[390:N_READ], np.int32), logits, 1)
+        assert np.array_equal(logits[-20:], one_by_one)
+
+
 @pytest.mark.parametrize("weight_type", ["f32", "f16", "bf16", "q8_0", "q4_0", "q2_K", "q4_K", "q6_K", "iq4_xs"])
 def test_what_is_said_of_weights_is_so(tiny_f32: Path, weight_type: str) -> None:
     case = tiny_case(tiny_f32, weight_type)
@@ -141,7 +167,9 @@ def test_what_is_said_of_weights_is_so(tiny_f32: Path, weight_type: str) -> None
     assert same_bits != case.differs()
 
 
-@pytest.mark.parametrize("weight_type", ["f32", "f16", "bf16", "q4_0", "q2_K", "q3_K", "q4_K", "q5_K", "q6_K", "iq4_xs"])
+@pytest.mark.parametrize(
+    "weight_type", ["f32", "f16", "bf16", "q4_0", "q2_K", "q3_K", "q4_K", "q5_K", "q6_K", "iq4_xs"]
+)
 def test_a_deterministic_context_has_what_the_weights_alone_have_not(tiny_f32: Path, weight_type: str) -> None:
     if not tiny_case(tiny_f32, weight_type).differs():
         pytest.skip(f"on this processor, products with {weight_type} weights do not depend on the batch")
@@ -200,3 +228,61 @@ def test_the_same_prompt_twice_is_answered_alike(kind: str, request: pytest.Fixt
                 texts.append(llm.create_completion(prompt, max_tokens=40, temperature=0)["choices"][0]["text"])
             assert texts[0] == texts[1] == texts[2]
         assert llm.memory_stats().n_evicted > 100
+
+
+def test_what_cannot_be_is_refused_by_name(tiny_f32: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    latent = write_tiny_model(tmp_path / "latent.gguf", FAMILIES["deepseek2"], seed=1).path
+    store = LMInfConfig(n_window=128, middle=MiddleConfig(layers=(0, None), n_candidates=64))
+    refusals: list[tuple[Path, dict[str, Any], type[Exception], str]] = [
+        (tiny_f32, {"lminf": None}, ConfigError, "deterministic = True: needs lminf"),
+        (tiny_f32, {"n_gpu_layers": 1}, ConfigError, "n_gpu_layers = 1: must be 0 with deterministic"),
+        (tiny_f32, {"deterministic": "yes"}, ConfigError, "deterministic"),
+        (tiny_f32, {"lminf": store}, ConfigError, "the 64 candidates depends on the number of threads"),
+        (latent, {"lminf": LMInfConfig()}, UnsupportedModelError, "attention is llama.cpp's .latent attention"),
+    ]
+    for model, options, error, reason in refusals:
+        with pytest.raises(error, match=reason):
+            Llama(model, **{"lminf": WINDOW, "deterministic": True, "n_threads": 1, **options})
+    monkeypatch.setenv("LMINF_ATTENTION", "stock")
+    with pytest.raises(UnsupportedModelError, match="LMINF_ATTENTION=stock"):
+        Llama(tiny_f32, lminf=WINDOW, deterministic=True, n_threads=1)
+
+
+def test_repacked_weights_are_refused(tiny_f32: Path) -> None:
+    """Those of a program that asks for it when its weights have been loaded already."""
+    model = _core.Model(str(tiny_case(tiny_f32, "q4_K").model))
+    if model.weights(deterministic=True)[0][3]:
+        pytest.skip("this processor has no products that weights are repacked for")
+    with pytest.raises(UnsupportedModelError, match=r"q4_K weights in a buffer .* use_extra_bufts = false"):
+        _core.Context(model, lminf=to_params(WINDOW, 0, True))
+
+
+def test_the_environment_decides_for_contexts_with_a_window(tiny_f32: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = tiny_case(tiny_f32, "q4_K")
+    monkeypatch.setenv("LMINF_DETERMINISTIC", "1")
+    assert not case.differs()
+    with Llama(case.model, n_threads=1) as plain:
+        assert plain.config is None
+    monkeypatch.setenv("LMINF_DETERMINISTIC", "on")
+    with pytest.raises(ContextError, match="LMINF_DETERMINISTIC = 'on': must be '0' or '1'"):
+        case.open(n_ubatch=64, n_threads=1)
+
+
+def test_each_layer_says_who_computes_its_attention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def attention(family: str, **options: Any) -> tuple[str, ...]:
+        path = tmp_path / f"{family}.gguf"
+        if not path.exists():
+            write_tiny_model(path, FAMILIES[family], seed=1)
+        with Llama(path, n_threads=1, **{"lminf": LMInfConfig(n_window=32), **options}) as llm:
+            return llm.memory_stats().attention
+
+    own = attention("gemma3")
+    assert len(own) == FAMILIES["gemma3"].n_layer
+    assert set(own) == {own[0]}
+    assert own[0].startswith("own kernel (")
+    n_layer = FAMILIES["lfm2"].n_layer
+    assert attention("lfm2") == tuple("none" if FAMILIES["lfm2"].is_recurrent(i) else own[0] for i in range(n_layer))
+    assert set(attention("deepseek2")) == {"llama.cpp's (latent attention)"}
+    assert set(attention("gemma3", lminf=None)) == {"llama.cpp's (full attention)"}
+    monkeypatch.setenv("LMINF_ATTENTION", "stock")
+    assert set(attention("gemma3")) == {"llama.cpp's (LMINF_ATTENTION=stock)"}
