@@ -250,6 +250,16 @@ static void seq_keep(Context & context, llama_seq_id seq_id) {
     llama_memory_seq_keep(llama_get_memory(held.ctx()), seq_id);
 }
 
+static std::vector<std::string> attention(Context & context) {
+    const Context::use held(context, 0);
+
+    std::vector<std::string> result;
+    for (int32_t il = 0; const char * text = lminf_get_attention(held.ctx(), il); il++) {
+        result.emplace_back(text);
+    }
+    return result;
+}
+
 static lminf_stats stats(Context & context, llama_seq_id seq_id) {
     const Context::use held(context, seq_id);
 
@@ -334,7 +344,7 @@ static lminf_middle_params make_middle(uint32_t k, bool per_head, uint32_t dista
 }
 
 static lminf_params make_params(uint32_t n_sink, uint32_t n_window, uint32_t n_clamp, uint32_t n_block,
-    uint32_t n_rollback, uint32_t n_rebase, bool kept, std::optional<lminf_middle_params> middle) {
+    uint32_t n_rollback, uint32_t n_rebase, bool kept, bool deterministic, std::optional<lminf_middle_params> middle) {
     lminf_params params = lminf_default_params();
     params.n_sink       = n_sink;
     params.n_window     = n_window;
@@ -343,7 +353,8 @@ static lminf_params make_params(uint32_t n_sink, uint32_t n_window, uint32_t n_c
     params.n_rollback   = n_rollback;
     params.n_rebase     = n_rebase;
     params.sink_order   = kept ? LMINF_SINK_ORDER_KEPT : LMINF_SINK_ORDER_CLAMPED;
-    params.middle       = middle.value_or(params.middle);
+    params.deterministic = deterministic;
+    params.middle        = middle.value_or(params.middle);
     return params;
 }
 
@@ -362,13 +373,15 @@ static void register_params(py::module_ & m) {
 
     py::class_<lminf_params>(m, "Params")
         .def(py::init(&make_params), py::kw_only(), py::arg("n_sink"), py::arg("n_window"), py::arg("n_clamp"),
-            py::arg("n_block"), py::arg("n_rollback"), py::arg("n_rebase"), py::arg("kept"), py::arg("middle") = py::none())
+            py::arg("n_block"), py::arg("n_rollback"), py::arg("n_rebase"), py::arg("kept"),
+            py::arg("deterministic") = false, py::arg("middle") = py::none())
         .def_readonly("n_sink", &lminf_params::n_sink)
         .def_readonly("n_window", &lminf_params::n_window)
         .def_readonly("n_clamp", &lminf_params::n_clamp)
         .def_readonly("n_block", &lminf_params::n_block)
         .def_readonly("n_rollback", &lminf_params::n_rollback)
         .def_readonly("n_rebase", &lminf_params::n_rebase)
+        .def_readonly("deterministic", &lminf_params::deterministic)
         .def_property_readonly("middle",
             [](const lminf_params & params) { return params.middle.k > 0 ? std::optional(params.middle) : std::nullopt; })
         .def_property_readonly(
@@ -442,6 +455,7 @@ void register_context(py::module_ & m) {
         .def("set_n_threads", &set_n_threads, py::arg("n_threads"), py::arg("n_threads_batch"))
         .def("n_past", &Context::n_past, seq_id)
         .def("stats", &stats, seq_id)
+        .def("attention", &attention)
         .def("middle_stats", &middle_stats, seq_id)
         .def("recalled", &recalled, seq_id)
         .def("decode", &decode, tokens, seq_id, py::arg("check") = py::none(), recall)

@@ -1,14 +1,17 @@
 #include "errors.h"
 #include "interrupt.h"
+#include "lminf.h"
 #include "log.h"
 #include "model.h"
 #include "module.h"
 
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <limits>
 #include <map>
 #include <optional>
+#include <tuple>
 
 namespace py = pybind11;
 
@@ -50,11 +53,14 @@ static bool on_load_progress(float fraction, void * data) {
 }
 
 static std::shared_ptr<Model> load_model(const std::string & path, int32_t n_gpu_layers, bool use_mmap, bool use_mlock,
-    bool vocab_only, bool no_alloc, bool verbose, const py::object & progress) {
+    bool vocab_only, bool no_alloc, bool deterministic, bool verbose, const py::object & progress) {
     load_progress state;
     state.callable = progress;
 
-    llama_model_params params          = llama_model_default_params();
+    llama_model_params params = llama_model_default_params();
+    if (deterministic) {
+        params = lminf_deterministic_model_params(params);
+    }
     params.n_gpu_layers                = n_gpu_layers;
     params.load_mode                   = use_mlock ? (use_mmap ? LLAMA_LOAD_MODE_MMAP_MLOCK : LLAMA_LOAD_MODE_MLOCK)
                                                    : (use_mmap ? LLAMA_LOAD_MODE_MMAP : LLAMA_LOAD_MODE_NONE);
@@ -190,6 +196,23 @@ static py::object chat_template(const Model & model) {
     return text ? py::object(lenient_str(text)) : py::object(py::none());
 }
 
+// (type, type of buffer, bytes, whether products with them have the same bits alone and among others)
+static std::vector<std::tuple<std::string, std::string, uint64_t, bool>> weights(
+    const Model & model, bool deterministic) {
+    std::vector<lminf_weights_info> found(64);
+    {
+        const py::gil_scoped_release released;
+        const int32_t                n_max = static_cast<int32_t>(found.size());
+        found.resize(static_cast<size_t>(std::min(n_max, lminf_get_weights(model.ptr.get(), deterministic, found.data(), n_max))));
+    }
+    std::vector<std::tuple<std::string, std::string, uint64_t, bool>> result;
+    for (const auto & info : found) {
+        result.emplace_back(
+            ggml_type_name(static_cast<ggml_type>(info.type)), info.buffer_type, info.n_bytes, info.same_bits);
+    }
+    return result;
+}
+
 static py::str description(const Model & model) {
     return lenient_str(
         read_string([&](char * buf, size_t size) { return llama_model_desc(model.ptr.get(), buf, size); }));
@@ -206,7 +229,7 @@ void register_model(py::module_ & m) {
     py::class_<Model, std::shared_ptr<Model>>(m, "Model")
         .def(py::init(&load_model), py::arg("path"), py::kw_only(), py::arg("n_gpu_layers") = 0,
             py::arg("use_mmap") = true, py::arg("use_mlock") = false, py::arg("vocab_only") = false,
-            py::arg("no_alloc") = false, py::arg("verbose") = false, py::arg("progress") = py::none())
+            py::arg("no_alloc") = false, py::arg("deterministic") = false, py::arg("verbose") = false, py::arg("progress") = py::none())
         .def_readonly("path", &Model::path)
         .def_property_readonly("n_vocab", &Model::n_vocab)
         .def_property_readonly("n_ctx_train", of_model(llama_model_n_ctx_train))
@@ -222,6 +245,7 @@ void register_model(py::module_ & m) {
         .def_property_readonly("description", &description)
         .def_property_readonly("metadata", &metadata)
         .def_property_readonly("chat_template", &chat_template)
+        .def("weights", &weights, py::arg("deterministic") = false)
         .def_property_readonly("bos", of_vocab(llama_vocab_bos))
         .def_property_readonly("eos", of_vocab(llama_vocab_eos))
         .def_property_readonly("add_bos", of_vocab(llama_vocab_get_add_bos))

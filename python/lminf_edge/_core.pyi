@@ -41,6 +41,7 @@ class Model:
         use_mlock: bool = False,
         vocab_only: bool = False,
         no_alloc: bool = False,
+        deterministic: bool = False,
         verbose: bool = False,
         progress: Callable[[float], object] | None = None,
     ) -> None: ...
@@ -74,6 +75,8 @@ class Model:
     def metadata(self) -> dict[str, str]: ...
     @property
     def chat_template(self) -> str | None: ...
+    def weights(self, deterministic: bool = False) -> list[tuple[str, str, int, bool]]:
+        """Type, type of buffer, bytes, and whether products with them have the same bits alone and among others."""
     @property
     def bos(self) -> int: ...
     @property
@@ -145,6 +148,7 @@ class Params:
         n_rollback: int,
         n_rebase: int,
         kept: bool,
+        deterministic: bool = False,
         middle: MiddleParams | None = None,
     ) -> None: ...
     @property
@@ -161,6 +165,8 @@ class Params:
     def n_rebase(self) -> int: ...
     @property
     def kept(self) -> bool: ...
+    @property
+    def deterministic(self) -> bool: ...
     @property
     def middle(self) -> MiddleParams | None: ...
 
@@ -223,6 +229,8 @@ class Context:
     def n_past(self, seq_id: int = 0) -> int: ...
     def stats(self, seq_id: int = 0) -> Stats: ...
     def middle_stats(self, seq_id: int = 0) -> MiddleStats: ...
+    def attention(self) -> list[str]:
+        """Who computes it, for each layer; "" for a layer without attention."""
     def recalled(self, seq_id: int = 0) -> list[tuple[int, float]]:
         """Position and weight of what the last token looked up, the heaviest first."""
     def decode(

@@ -58,7 +58,7 @@ def to_middle_params(middle: MiddleConfig | None) -> _core.MiddleParams | None:
     )
 
 
-def to_params(config: LMInfConfig | None, n_rebase: int) -> _core.Params | None:
+def to_params(config: LMInfConfig | None, n_rebase: int, deterministic: bool = False) -> _core.Params | None:
     """The C API's lminf_params, in which 0 means "default"."""
     if config is None:
         return None
@@ -70,6 +70,7 @@ def to_params(config: LMInfConfig | None, n_rebase: int) -> _core.Params | None:
         n_rollback=config.n_rollback,
         n_rebase=n_rebase,
         kept=config.sink_order == "kept",
+        deterministic=deterministic,
         middle=to_middle_params(config.middle),
     )
 

@@ -21,6 +21,7 @@ from lminf_edge.errors import ConfigError, LMInfError, UnsupportedModelError
 from lminf_edge.llama import Llama
 from lminf_edge.middle import MiddleConfig
 from lminf_edge.models import cache_path, cached_default_model
+from lminf_edge.records import by_layer
 from lminf_edge.system import default_n_threads, human_bytes
 
 _CONFIG = LMInfConfig(n_sink=4, n_window=48, n_block=16)
@@ -148,7 +149,8 @@ class _SelfTest:
         self._llm = self._open(lminf=_CONFIG)
         self._tokens = self._llm.tokenize(self._text)[:_N_TOKENS]
         self._kv_bytes = self._llm.memory_stats().kv_bytes
-        return len(self._tokens) == _N_TOKENS, self._llm.description
+        attention = by_layer(self._llm.memory_stats().attention)
+        return len(self._tokens) == _N_TOKENS, f"{self._llm.description}; attention: {attention}"
 
     def count_memory(self) -> tuple[bool, str]:
         available = _core.available_memory()
@@ -171,7 +173,14 @@ class _SelfTest:
 
     def compare_pieces(self) -> tuple[bool, str]:
         with self._open(lminf=_CONFIG, n_ubatch=7) as other:
-            return _agree(other.logprobs(self._tokens), self._logprobs)
+            logprobs = other.logprobs(self._tokens)
+            weights = other._model.weights()
+        passed, detail = _agree(logprobs, self._logprobs)
+        if np.array_equal(logprobs, self._logprobs):
+            detail = "bit for bit"
+        if others := [f"{name} ({buffer_type})" for name, buffer_type, _, same_bits in weights if not same_bits]:
+            detail += f"; with weights of type {', '.join(others)} bit for bit only where deterministic=True"
+        return passed, detail
 
     def compare_memory(self) -> tuple[bool, str]:
         stats = self._llm.memory_stats()

@@ -68,6 +68,10 @@ class Llama(CompletionMethods, ScoringMethods):
         flash_attn: None: when llama.cpp finds it supported.
         seed: Makes generation repeatable. None: a random one.
         chat_format: One of llama.cpp's chat formats, such as "chatml". None: the chat template in the model file.
+        deterministic: The logits of a token have the same bits however the text before it came to be read: in pieces of
+            any size, by any number of threads, beside others, restored, or after something was taken back. Weights
+            stay as they are in the file and the CPU computes, which makes prompts slower (docs/determinism.md). Needs
+            lminf. A model for which it cannot be so is refused.
         use_mmap: Map the model file instead of reading it.
         use_mlock: Forbid the system to swap the model out.
         verbose: Show llama.cpp's own log on standard error.
@@ -96,6 +100,7 @@ class Llama(CompletionMethods, ScoringMethods):
         flash_attn: bool | None = None,
         seed: int | None = None,
         chat_format: str | None = None,
+        deterministic: bool = False,
         use_mmap: bool = True,
         use_mlock: bool = False,
         verbose: bool = False,
@@ -112,6 +117,12 @@ class Llama(CompletionMethods, ScoringMethods):
                 stacklevel=2,
             )
             n_ctx = None
+        if check_bool("deterministic", deterministic) and lminf is None:
+            raise ConfigError(
+                "deterministic = True: needs lminf, since llama.cpp's attention depends on how a text is cut"
+            )
+        if deterministic and n_gpu_layers != 0:
+            raise ConfigError(f"n_gpu_layers = {n_gpu_layers}: must be 0 with deterministic, which computes on the CPU")
         check_optional_int("n_threads", n_threads, 1, 512)
         check_optional_int("n_threads_batch", n_threads_batch, 1, 512)
         threads = ThreadPlan(n_threads, n_threads_batch)
@@ -138,6 +149,7 @@ class Llama(CompletionMethods, ScoringMethods):
             n_gpu_layers=check_int("n_gpu_layers", n_gpu_layers, -1),
             use_mmap=check_bool("use_mmap", use_mmap),
             use_mlock=check_bool("use_mlock", use_mlock),
+            deterministic=deterministic,
             verbose=check_bool("verbose", verbose),
             progress=progress,
         )
@@ -145,7 +157,7 @@ class Llama(CompletionMethods, ScoringMethods):
             raise UnsupportedModelError(f"{model.description}: models with an encoder cannot read a stream")
         context = _core.Context(
             model,
-            lminf=to_params(lminf, check_int("_n_rebase", _n_rebase, 0)),
+            lminf=to_params(lminf, check_int("_n_rebase", _n_rebase, 0), deterministic),
             flash_attn=flash_attn,
             cache_type_k=cache_type_k,
             cache_type_v=cache_type_v,

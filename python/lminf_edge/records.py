@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -115,6 +117,8 @@ class MemoryStats:
         n_retrievable: Those that the next token could look up: they have left the window.
         store_bytes: Bytes that the stored tokens take, in memory or in a file.
         scan_seconds: Time spent on looking through the store.
+        attention: Who computes it, for each layer: "own kernel (AVX2)", "llama.cpp's (latent attention)", with the
+            instruction set or the reason; "none" for a layer without attention.
     """
 
     kv_bytes: int
@@ -136,3 +140,9 @@ class MemoryStats:
     n_retrievable: int
     store_bytes: int
     scan_seconds: float
+    attention: tuple[str, ...]
+
+
+def by_layer(attention: Sequence[str]) -> str:
+    """`MemoryStats.attention` in a few words, such as "own kernel (AVX2) in 30 layers"."""
+    return ", ".join(f"{who} in {n} layer{'s' * (n > 1)}" for who, n in Counter(attention).items())

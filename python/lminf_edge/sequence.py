@@ -102,6 +102,7 @@ class ModelSequence:
             n_retrievable=middle.n_retrievable,
             store_bytes=middle.n_bytes,
             scan_seconds=middle.scan_seconds,
+            attention=tuple(who or "none" for who in self.context.attention()),
         )
 
     def _window_fill(self, stats: _core.Stats) -> float:

@@ -60,14 +60,24 @@ std::optional<lminf_params> lminf_params_from_env() {
     read("LMINF_N_REBASE",   params.n_rebase,   to_number);
     read("LMINF_SINK_ORDER", params.sink_order, to_sink_order);
 
-    return any ? std::optional(params) : std::nullopt;
+    params.deterministic = lminf_deterministic_from_env();
+
+    return any || params.deterministic ? std::optional(params) : std::nullopt;
+}
+
+// whether it has the value `on`
+static bool is_on(const char * name, std::string_view off, std::string_view on, const char * what) {
+    const auto value = get_env(name);
+    if (!value.empty() && value != off && value != on) {
+        refuse(name, value, what);
+    }
+    return value == on;
 }
 
 bool lminf_stock_attention_from_env() {
-    const char * name  = "LMINF_ATTENTION";
-    const auto   value = get_env(name);
-    if (!value.empty() && value != "lminf" && value != "stock") {
-        refuse(name, value, "must be 'lminf' or 'stock'");
-    }
-    return value == "stock";
+    return is_on("LMINF_ATTENTION", "lminf", "stock", "must be 'lminf' or 'stock'");
+}
+
+bool lminf_deterministic_from_env() {
+    return is_on("LMINF_DETERMINISTIC", "0", "1", "must be '0' or '1'");
 }

@@ -16,6 +16,7 @@ struct lminf_params lminf_default_params(void) {
         /*.n_rollback =*/ 128,
         /*.n_rebase   =*/ 0,
         /*.sink_order =*/ LMINF_SINK_ORDER_CLAMPED,
+        /*.deterministic =*/ false,
         /*.middle     =*/ {
             /*.k           =*/ 0,
             /*.per_head    =*/ false,
@@ -91,6 +92,11 @@ static std::string middle_unsupported_reason(const llama_model & model) {
 
 lminf_status lminf_fail_middle(const llama_model & model, const std::string & reason) {
     return lminf_fail(LMINF_STATUS_UNSUPPORTED, "middle tokens cannot be recalled by this model (" + model.arch_name() + "): " + reason);
+}
+
+lminf_status lminf_fail_deterministic(const llama_model & model, const std::string & reason) {
+    return lminf_fail(LMINF_STATUS_UNSUPPORTED, "deterministic: logits of this model (" + model.arch_name() +
+            ") would depend on how a text is cut: " + reason);
 }
 
 static lminf_status resolve_middle(const llama_model & model, const lminf_params & params, lminf_middle_params & p) {
@@ -178,7 +184,7 @@ lminf_status lminf_resolve_params(
 
     p.n_window = p.n_window ? p.n_window : std::min(2048u, n_train);
     p.n_clamp  = p.n_clamp  ? p.n_clamp  : p.n_window;
-    p.n_block  = p.n_block  ? p.n_block  : std::min(p.n_sink > N_SINK_FEW ? std::max(64u, n_ubatch) : 64u, p.n_clamp);
+    p.n_block  = p.n_block  ? p.n_block  : std::min(p.n_sink > N_SINK_FEW && !p.deterministic ? std::max(64u, n_ubatch) : 64u, p.n_clamp);
     p.n_rebase = p.n_rebase ? p.n_rebase : 65536;
 
     const auto str = [](uint64_t x) { return std::to_string(x); };
@@ -211,6 +217,10 @@ lminf_status lminf_resolve_params(
     if (p.sink_order == LMINF_SINK_ORDER_KEPT && (uint64_t) p.n_sink + p.n_window > (uint64_t) p.n_clamp + 1) {
         return lminf_fail(LMINF_STATUS_CONFIG, "with sink_order kept, n_sink + n_window = " + str((uint64_t) p.n_sink + p.n_window) +
                 " must be at most n_clamp + 1 = " + str((uint64_t) p.n_clamp + 1));
+    }
+    if (p.deterministic && p.middle.k > 0 && p.middle.n_candidates > 0) {
+        return lminf_fail(LMINF_STATUS_CONFIG, "deterministic: which keys are the " + str(p.middle.n_candidates) +
+                " candidates depends on the number of threads; use n_candidates = 0");
     }
     lminf_status status = check_cells(model, n_ubatch, p);
     if (status == LMINF_STATUS_OK) {

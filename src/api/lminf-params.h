@@ -15,6 +15,7 @@ lminf_status lminf_succeed();
 
 lminf_status lminf_fail_unsupported(const llama_model & model, const std::string & reason);
 lminf_status lminf_fail_middle     (const llama_model & model, const std::string & reason);
+lminf_status lminf_fail_deterministic(const llama_model & model, const std::string & reason);
 
 // see the C function of this name
 lminf_status lminf_resolve_params(

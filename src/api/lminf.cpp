@@ -7,6 +7,7 @@
 #include "lminf-memory.h"
 #include "lminf-middle.h"
 #include "lminf-params.h"
+#include "lminf-products.h"
 #include "lminf-room.h"
 #include "lminf-test.h"
 
@@ -103,6 +104,7 @@ llama_memory_i * lminf_create_memory(
     }
 
     auto & p = *asked;
+    p.deterministic = p.deterministic || lminf_deterministic_from_env();
     if (request.by_caller && !request.path.empty()) {
         p.middle.path = request.path.c_str();
     }
@@ -126,8 +128,17 @@ llama_memory_i * lminf_create_memory(
         cparams.n_ubatch = lminf_largest_ubatch(p, cparams.n_ubatch);
     }
 
+    if (p.deterministic) {
+        const std::string reason = why_stock.empty() ? lminf_why_not_same_bits(model) : "attention is llama.cpp's (" + why_stock + ")";
+        if (!reason.empty()) {
+            lminf_fail_deterministic(model, reason);
+            throw std::runtime_error(last_error);
+        }
+    }
+
     const auto group = std::make_shared<lminf_cache_group>(p, cparams.n_ubatch, cparams.n_seq_max, lctx);
     group->why_stock = why_stock;
+    group->attention = why_stock.empty() ? std::string("own kernel (") + lminf_attention_simd() + ")" : "llama.cpp's (" + why_stock + ")";
 
     std::unique_ptr<llama_memory_i> memory;
     try {
@@ -183,6 +194,32 @@ struct llama_context * lminf_init_from_model(
     return ctx;
 }
 
+struct llama_model_params lminf_deterministic_model_params(struct llama_model_params params) {
+    static ggml_backend_dev_t no_devices[] = { nullptr };
+
+    params.devices         = no_devices;
+    params.n_gpu_layers    = 0;
+    params.use_extra_bufts = false;
+    return params;
+}
+
+// llama-model.cpp is compiled with this name for its own (CMakeLists.txt)
+extern "C" LLAMA_API struct llama_model_params lminf_stock_model_default_params(void);
+
+// A value that cannot be read is refused where a context is made.
+static bool is_deterministic_by_env() {
+    try {
+        return lminf_deterministic_from_env();
+    } catch (const std::exception &) {
+        return false;
+    }
+}
+
+struct llama_model_params llama_model_default_params(void) {
+    const auto params = lminf_stock_model_default_params();
+    return is_deterministic_by_env() ? lminf_deterministic_model_params(params) : params;
+}
+
 uint64_t lminf_available_memory(void) {
     return lminf_room_in_memory();
 }
@@ -234,6 +271,26 @@ bool lminf_get_stats(const struct llama_context * ctx, llama_seq_id seq_id, stru
         stats->n_bytes += size;
     }
     return true;
+}
+
+const char * lminf_get_attention(const struct llama_context * ctx, int32_t il) {
+    if (!ctx || il < 0 || (uint32_t) il >= ctx->get_model().hparams.n_layer()) {
+        return nullptr;
+    }
+    const auto & hparams = ctx->get_model().hparams;
+    if (hparams.is_recr(il) || hparams.n_head_kv(il) == 0) {
+        return "";
+    }
+    const auto * memory = lminf_memory::of(ctx);
+    return memory ? memory->get_group().attention.c_str() : "llama.cpp's (full attention)";
+}
+
+int32_t lminf_get_weights(const struct llama_model * model, bool deterministic, struct lminf_weights_info * dst, int32_t n_max) {
+    const auto all = lminf_try_products(*model, deterministic);
+    for (int32_t i = 0; i < std::min((int32_t) all.size(), n_max); ++i) {
+        dst[i] = { all[i].type, ggml_backend_buft_name(all[i].buft), all[i].n_bytes, all[i].same_bits };
+    }
+    return (int32_t) all.size();
 }
 
 // what stores middle tokens of a context, NULL if it stores none

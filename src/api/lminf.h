@@ -41,10 +41,12 @@ struct lminf_params {
     uint32_t n_window;   // W: key j is in the local window of query p iff p - j < W; 0 = min(2048, trained context)
     uint32_t n_clamp;    // L: the largest RoPE distance a query may see; 0 = n_window
     uint32_t n_block;    // B: the clamp moves once per B positions, 1 <= B <= L; 0 = min(64, L), of more than 64 sink tokens
-                         // min(max(64, n_ubatch), L)
+                         // min(max(64, n_ubatch), L) unless deterministic
     uint32_t n_rollback; // a sequence can be cut exactly to this many tokens fewer than the longest it has been
     uint32_t n_rebase;   // physical position at which a sequence is rebased; 0 = 65536
     enum lminf_sink_order sink_order;
+    bool deterministic;  // a token's logits have the same bits however the text before it was cut, computed, saved or taken back, or
+                         // the context is refused. The model was loaded with lminf_deterministic_model_params()
     struct lminf_middle_params middle; // k = 0 by default
 };
 
@@ -74,6 +76,14 @@ struct lminf_stats {
     uint32_t n_cells_used;
     uint32_t n_ring;      // cells of the window ring: W + n_rollback + n_ubatch, padded
     int32_t  sink_distance; // RoPE distance from the last token to the farthest sink token, -1 with no sink token
+};
+
+// Weights of one type that are kept in one way.
+struct lminf_weights_info {
+    int32_t      type;        // ggml_type
+    const char * buffer_type; // its name: one of its own where they were repacked
+    uint64_t     n_bytes;     // of all of them
+    bool         same_bits;   // a token's product with them has the same bits alone and computed with others
 };
 
 // The store of middle tokens of one sequence. All 0 in a context without one.
@@ -107,9 +117,13 @@ LLAMA_API struct llama_context * lminf_init_from_model(
 // above), with NULL plain ones, whatever the environment says. cparams.n_ctx stays what the caller asked for, and is no limit.
 LLAMA_API void lminf_use_params(const struct lminf_params * params);
 
+// For a model whose contexts can be deterministic: its weights stay as they are in the file, and the CPU computes.
+LLAMA_API struct llama_model_params lminf_deterministic_model_params(struct llama_model_params params);
+
 // The environment decides again, as at first: contexts have LM-Infinite if one of LMINF_N_SINK, LMINF_N_WINDOW, LMINF_N_CLAMP,
 // LMINF_N_BLOCK, LMINF_N_ROLLBACK, LMINF_N_REBASE (numbers as in lminf_params) and LMINF_SINK_ORDER (clamped, kept) is set.
-// LMINF_ATTENTION=stock leaves attention to llama.cpp in every context with LM-Infinite, whoever asked for it.
+// LMINF_ATTENTION=stock leaves attention to llama.cpp in every context with LM-Infinite, whoever asked for it. LMINF_DETERMINISTIC=1
+// makes every such context deterministic, and llama_model_default_params() those that such contexts need.
 LLAMA_API void lminf_use_environment(void);
 
 // Bytes of memory that the process can still take: what a store in memory has to fit into. Limits of control groups count (Linux).
@@ -124,6 +138,15 @@ LLAMA_API bool lminf_get_params(const struct llama_context * ctx, struct lminf_p
 
 // Also for contexts without LM-Infinite: nothing is evicted, placed or rebased there. false if there is no such sequence.
 LLAMA_API bool lminf_get_stats(const struct llama_context * ctx, llama_seq_id seq_id, struct lminf_stats * stats);
+
+// Who computes the attention of a layer: "own kernel (AVX2)", "llama.cpp's (latent attention)"; "" for a layer without attention. NULL if
+// there is no such layer. Valid as long as the context.
+LLAMA_API const char * lminf_get_attention(const struct llama_context * ctx, int32_t il);
+
+// The weights that a model multiplies with on the CPU, the most bytes first: at most n_max. Returns how many kinds there are. Products are
+// tried out on this machine, which takes a moment. deterministic: as a deterministic context computes them.
+LLAMA_API int32_t lminf_get_weights(
+        const struct llama_model * model, bool deterministic, struct lminf_weights_info * dst, int32_t n_max);
 
 LLAMA_API bool lminf_get_middle_stats(
         const struct llama_context * ctx, llama_seq_id seq_id, struct lminf_middle_stats * stats);

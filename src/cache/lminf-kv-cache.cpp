@@ -52,6 +52,7 @@ lminf_policy lminf_kv_cache::make_policy(
     res.kept_order = params.sink_order == LMINF_SINK_ORDER_KEPT;
     res.chunked    = swa_type == LLAMA_SWA_TYPE_CHUNKED;
     res.alibi      = hparams.use_alibi;
+    res.cuts_at_rebase = params.deterministic;
     res.rotates_queries = group.has_own_attention() && !res.alibi;
     return res;
 }

@@ -39,6 +39,7 @@ struct lminf_cache_group {
     // Attention of our own takes the place of llama.cpp's in all layers, or, for this reason, in none.
     std::string why_stock;
     bool has_own_attention() const { return why_stock.empty(); }
+    std::string attention; // the same for people
 
     lminf_recall_mode recall = LMINF_RECALL_OFF; // of the tokens that are decoded from now on
 
@@ -151,6 +152,8 @@ public:
     //
 
     bool has_seq(llama_seq_id seq_id) const { return seq_id >= 0 && (size_t) seq_id < seqs.size(); }
+
+    const lminf_policy & get_policy() const { return policy; }
 
     const lminf_sequence & sequence(llama_seq_id seq_id) const { return seqs[seq_id]; }
 

@@ -1,5 +1,7 @@
 #include "lminf-memory.h"
 
+#include "lminf-products.h"
+
 #include "llama-context.h"
 #include "llama-impl.h"
 #include "llama-io.h"
@@ -8,6 +10,7 @@
 #include "llama-memory-recurrent.h"
 
 #include <algorithm>
+#include <map>
 #include <stdexcept>
 #include <string>
 
@@ -36,6 +39,9 @@ lminf_memory * lminf_memory::of(const llama_context * ctx) {
 
 llama_memory_context_ptr lminf_memory::init_batch(llama_batch_allocr & balloc, uint32_t n_ubatch, bool embd_all) {
     try {
+        if (group->params.deterministic) {
+            n_ubatch = largest_ubatch(balloc.get_batch(), n_ubatch);
+        }
         return inner->init_batch(balloc, n_ubatch, embd_all);
     } catch (const std::exception & error) { // it would go through llama_decode()
         LLAMA_LOG_ERROR("%s: %s\n", __func__, error.what());
@@ -43,7 +49,26 @@ llama_memory_context_ptr lminf_memory::init_batch(llama_batch_allocr & balloc, u
     }
 }
 
+uint32_t lminf_memory::largest_ubatch(const llama_batch & batch, uint32_t n_ubatch) const {
+    std::map<llama_seq_id, int64_t> n_tokens;
+    for (int32_t i = 0; i < batch.n_tokens; ++i) {
+        n_tokens[batch.seq_id[i][0]]++;
+    }
+    for (const auto & [seq_id, n] : n_tokens) {
+        if (has_seq(seq_id)) {
+            const auto &   seq = get_cache().sequence(seq_id);
+            const uint32_t res = (uint32_t) get_cache().get_policy().largest_ubatch(seq.n_past, n, seq.base);
+            // several sequences are cut by llama.cpp as their lengths go
+            n_ubatch = std::min(n_ubatch, n_tokens.size() == 1 || res >= n_ubatch ? res : 1);
+        }
+    }
+    return n_ubatch;
+}
+
 llama_memory_context_ptr lminf_memory::init_full() {
+    if (group->params.deterministic) {
+        lminf_use_single_row_products(group->lctx);
+    }
     return inner->init_full();
 }
 

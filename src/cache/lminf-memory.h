@@ -84,6 +84,9 @@ private:
 
     llama_memory_recurrent * recurrent = nullptr; // the states beside the caches, if the model has any
 
+    // How long micro-batches may be, so that positions are rebased where they would be however the text were cut.
+    uint32_t largest_ubatch(const llama_batch & batch, uint32_t n_ubatch) const;
+
     bool has_seq(llama_seq_id seq_id) const { return get_cache().has_seq(seq_id); }
 
     bool can_remove(llama_seq_id seq_id, int64_t j0, int64_t j1) const; // as far as the caches are concerned

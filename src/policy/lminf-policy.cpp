@@ -1,6 +1,7 @@
 #include "lminf-policy.h"
 
 #include <algorithm>
+#include <numeric>
 
 // llama.cpp pads contexts to this many cells; GPU flash attention kernels want it too. Attention of our own does not.
 static constexpr int64_t N_PAD     = 256;
@@ -137,7 +138,7 @@ bool lminf_policy::can_cut(int64_t n_keep, int64_t n_past, int64_t n_evicted) co
 
 int64_t lminf_policy::rebase_limit() const {
     // never so low that a key could live through two rebases
-    return std::max(n_rebase, 2 * (n_reach + n_rollback) + n_block + n_ubatch);
+    return std::max(n_rebase, 2 * (n_reach + n_rollback) + n_block + (cuts_at_rebase ? 0 : n_ubatch));
 }
 
 int64_t lminf_policy::base(int64_t p0, int64_t p1, int64_t base) const {
@@ -146,4 +147,19 @@ int64_t lminf_policy::base(int64_t p0, int64_t p1, int64_t base) const {
     }
     const int64_t oldest = std::max<int64_t>(0, p0 - n_reach - n_rollback);
     return oldest / n_block * n_block;
+}
+
+int64_t lminf_policy::largest_ubatch(int64_t p0, int64_t n, int64_t base) const {
+    base = this->base(p0, p0, base);
+
+    int64_t distances = 0; // their greatest common divisor
+    for (int64_t p = base + rebase_limit(); p < p0 + n; p = base + rebase_limit()) {
+        distances = std::gcd(distances, p - p0);
+        base      = this->base(p, p, base);
+    }
+    int64_t res = n_ubatch;
+    while (distances % res != 0) {
+        res--;
+    }
+    return res;
 }

@@ -32,6 +32,7 @@ struct lminf_policy {
     bool    kept_order = false;
     bool    chunked    = false; // a query sees its own chunk of n_window tokens only (Llama 4), instead of a sliding window
     bool    alibi      = false; // no RoPE: the bias is computed for each query, so sink tokens need no copies
+    bool    cuts_at_rebase = false; // no micro-batch reaches over a position from which on another base is used
     bool    rotates_queries = false; // attention of our own rotates queries to far sink tokens, which need no copies either
 
     //
@@ -124,6 +125,10 @@ struct lminf_policy {
 
     // the base to use for a micro-batch of positions [p0, p1], given the present one; a multiple of B
     int64_t base(int64_t p0, int64_t p1, int64_t base) const;
+
+    // The most tokens of a micro-batch, at most n_ubatch, so that none of those that n tokens from position p0 on are cut into reaches over
+    // a rebase.
+    int64_t largest_ubatch(int64_t p0, int64_t n, int64_t base) const;
 
 private:
     bool    needs_copies () const { return !alibi && !rotates_queries; }

@@ -174,6 +174,30 @@ static result check_batches(llama_model & model, double limit) {
     return at_most(limit, "batches", std::max({ one, seven, mixed }));
 }
 
+// Bit for bit the same, and by any number of threads, where a context is deterministic; a model whose contexts cannot be is refused.
+static result check_same_bits(llama_model & model, double /*limit*/) {
+    const tokens_t tokens = make_tokens(model, 5*n_window, 12);
+
+    const auto logits = [&](uint32_t n_ubatch, int32_t n_threads, const std::function<size_t()> & next_size) {
+        llama_context_params cparams = make_cparams(n_ubatch, 1);
+        lminf_params         params  = make_params();
+        cparams.n_threads       = n_threads;
+        cparams.n_threads_batch = n_threads;
+        params.deterministic    = true;
+        const llama_context_ptr ctx(lminf_init_from_model(&model, cparams, params));
+        return ctx ? eval(ctx.get(), tokens, 0, tokens.size(), next_size) : logits_t();
+    };
+    const logits_t expected = logits(16, 1, []() { return 1; });
+    if (expected.empty() && lminf_last_status() == LMINF_STATUS_UNSUPPORTED) {
+        const std::string error = lminf_last_error();
+        return not_checked("same bits", error.substr(error.find("cut: ") + 5));
+    }
+    std::mt19937 generator(13);
+    const bool same = logits(64, 2, []() { return 64; }) == expected && logits(7, 2, []() { return 64; }) == expected &&
+        logits(16, 1, [&]() { return 1 + generator() % 40; }) == expected;
+    return { "same bits", same ? PASSED : FAILED, 0.0, "" };
+}
+
 // sequences of different ages in one batch, each as if it were alone
 static result check_sequences(llama_model & model, double limit) {
     const std::vector<size_t> ages = { 100, 37, 0 };
@@ -314,6 +338,7 @@ struct check {
 static const std::vector<check> checks = {
     { "unchanged", check_unchanged, false },
     { "batches",   check_batches,   true  },
+    { "same bits", check_same_bits, false },
     { "sequences", check_sequences, true  },
     { "stream",    check_stream,    false },
     { "removal",   check_removal,   false },

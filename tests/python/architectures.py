@@ -34,6 +34,7 @@ hold is a failed test:
 - *unchanged*: before anything is masked or clamped, logits equal llama.cpp's;
 - *batches*: a text of five windows gives the same logits token by token, in micro-batches of 7 and in calls of
   any size;
+- *same bits*: with `deterministic=True` that is so bit for bit, also in two threads;
 - *sequences*: three sequences of different ages in one batch each equal the same sequence alone;
 - *stream*: over 20 windows logits stay finite and of one size;
 - *removal*: when the last tokens are removed, logits are those of never having had them, or the removal is refused and

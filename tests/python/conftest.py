@@ -16,6 +16,7 @@ from hypothesis import settings
 
 from dequantize import write_f32_model
 from llama_cpp_python import LlamaCppPython
+from quantize import quantize_model
 from reference import FULL_ATTENTION, Attention
 from tiny_models import HEAD_32, HEAD_64, TIED, TinyModel, TinyShape, write_tiny_model
 
@@ -112,6 +113,12 @@ def default_model_f32(default_model: Path, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.fixture(scope="session")
+def default_model_q4_k(default_model_f32: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The default model with Q4_K weights, or a neighbouring type where rows are no multiple of 256."""
+    return quantize_model(default_model_f32, tmp_path_factory.mktemp("q4_K") / "default-q4_K.gguf", "q4_K")
+
+
+@pytest.fixture(scope="session")
 def head_32(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
     """Tiny model with F32 weights, grouped-query attention and heads of 32."""
     return _written(tmp_path_factory, "head-32", HEAD_32)
@@ -119,19 +126,19 @@ def head_32(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
 
 @pytest.fixture(scope="module")
 def real(default_model: Path) -> Iterator[Llama]:
-    """The default model with a window of 256."""
+    """The default model with a window of 256; its logits are the same bits however a text is cut."""
     from lminf_edge import Llama, LMInfConfig
 
-    with Llama(default_model, lminf=LMInfConfig(n_window=256), seed=0) as llm:
+    with Llama(default_model, lminf=LMInfConfig(n_window=256), deterministic=True, seed=0) as llm:
         yield llm
 
 
 @pytest.fixture
 def tiny(head_32: TinyModel) -> Iterator[Llama]:
-    """A tiny random model with a window of 64 and nothing rounded."""
+    """A tiny random model with a window of 64, nothing rounded, and the same bits however a text is cut."""
     from lminf_edge import Llama, LMInfConfig
 
-    exact: Any = {"cache_type_k": "f32", "cache_type_v": "f32", "flash_attn": False}
+    exact: Any = {"cache_type_k": "f32", "cache_type_v": "f32", "flash_attn": False, "deterministic": True}
     window = LMInfConfig(n_window=64, n_rollback=16)
     with Llama(head_32.path, lminf=window, n_ubatch=16, n_threads=1, seed=0, **exact) as llm:
         yield llm

@@ -24,7 +24,15 @@ def test_plain_attention_with_rope_is_supported(reports: list[Report]) -> None:
     by_arch = {report.arch: report for report in reports}
     for arch in ("llama", "qwen2", "qwen3", "phi3", "gptneox", "olmoe", "qwen3moe"):
         assert by_arch[arch].supported
-        assert by_arch[arch].checks.keys() == {"unchanged", "batches", "sequences", "stream", "removal", "window"}
+        assert by_arch[arch].checks.keys() == {
+            "unchanged",
+            "batches",
+            "same bits",
+            "sequences",
+            "stream",
+            "removal",
+            "window",
+        }
 
 
 @pytest.mark.parametrize(

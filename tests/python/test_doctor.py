@@ -33,6 +33,7 @@ def test_the_report_describes_the_installation_and_the_engine_works(default_mode
     checks = report["self_test"]["checks"]
     assert len(checks) == 6
     assert [check["passed"] for check in checks] == [True] * 6
+    assert "attention: own kernel" in checks[0]["detail"]
     assert "a store of 65,536 middle tokens would take" in checks[1]["detail"]
 
 
@@ -41,6 +42,7 @@ def test_people_get_the_same_in_lines(head_32: TinyModel) -> None:
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert _core.patch_id() in finished.stdout
     assert finished.stdout.count("\n  ok ") == 6
+    assert "with weights of type f32 (CPU_Mapped) bit for bit only where deterministic=True" in finished.stdout
     assert finished.stderr == ""
 
 

@@ -167,6 +167,31 @@ def test_the_low_level_api_gives_logits_for_chosen_positions(
     assert np.abs(np.array(value["logits"]) - expected[chosen]).max() <= 1e-4
 
 
+ONE_OR_MANY = (
+    LOW_LEVEL
+    + """
+logits, n = [], arguments["n_at_once"]
+for begin in range(0, len(arguments["tokens"]), n):
+    assert decode(arguments["tokens"][begin : begin + n], begin, range(n)) == 0
+    logits += rows(api.llama_get_logits_ith, n_vocab, range(n))
+print(json.dumps(logits[-n_vocab:]))
+"""
+)
+
+
+def test_a_variable_makes_it_deterministic(run_program: Programs, head_32: TinyModel) -> None:
+    """F32 weights: with the stock library's products for many tokens, logits depend on how many there are."""
+    tokens = random_tokens(320, seed=8)
+
+    def logits(n_at_once: int, environment: dict[str, str]) -> Any:
+        arguments = {"model": str(head_32.path), "tokens": tokens, "n_ctx": 512, "n_at_once": n_at_once}
+        return run_program(ONE_OR_MANY, {**WINDOW, **environment}, **arguments).value
+
+    once, often = (logits(n, {"LMINF_DETERMINISTIC": "1"}) for n in (64, 1))
+    assert once == often
+    assert logits(64, {}) != once
+
+
 NOT_CAUSAL = (
     LOW_LEVEL
     + """
@@ -357,6 +382,12 @@ def test_what_does_not_fit_is_refused_and_the_log_says_why(run_program: Programs
         ({"LMINF_N_ROLLBACK": "1e3"}, {}, "LMINF_N_ROLLBACK = '1e3': not a whole number"),
         ({"LMINF_N_CLAMP": "99999999999"}, {}, "LMINF_N_CLAMP = '99999999999': larger than 2^32 - 1"),
         ({"LMINF_SINK_ORDER": "random"}, {}, "LMINF_SINK_ORDER = 'random': must be 'clamped' or 'kept'"),
+        ({"LMINF_DETERMINISTIC": "yes"}, {}, "LMINF_DETERMINISTIC = 'yes': must be '0' or '1'"),
+        (
+            {"LMINF_DETERMINISTIC": "1", "LMINF_ATTENTION": "stock"},
+            {},
+            "attention is llama.cpp's (LMINF_ATTENTION=stock)",
+        ),
         ({"LMINF_N_WINDOW": "257"}, {}, "n_window = 257 is larger than the model's trained context of 256"),
         ({"LMINF_N_CLAMP": "8", "LMINF_N_BLOCK": "9"}, {}, "n_block = 9 is larger than n_clamp = 8"),
         ({"LMINF_N_REBASE": "99999999"}, {}, "n_rebase = 99999999 is larger than 2^24"),
@@ -380,10 +411,12 @@ def test_one_variable_turns_it_on_and_an_empty_one_does_not(run_program: Program
         {"LMINF_N_WINDOW": "64", "LMINF_N_SINK": "8", "LMINF_N_ROLLBACK": "7"},
         {"LMINF_N_WINDOW": ""},
         {},
+        {"LMINF_DETERMINISTIC": "1"},
+        {"LMINF_DETERMINISTIC": "0"},
     ]
     cases = [{"environment": environment, "options": {}} for environment in environments]
     results = run_program(REFUSALS, model=str(head_32.path), cases=cases).value
-    assert [error for error, _ in results] == [None] * 5
+    assert [error for error, _ in results] == [None] * 7
     assert [
         [line.partition("LM-Infinite: ")[2] for line in log.splitlines() if "LM-Infinite" in line]
         for _, log in results
@@ -392,6 +425,8 @@ def test_one_variable_turns_it_on_and_an_empty_one_does_not(run_program: Program
         ["n_sink = 4, n_window = 256, n_clamp = 256, n_block = 64, n_rollback = 128, sink_order = clamped"],
         ["n_sink = 8, n_window = 64, n_clamp = 64, n_block = 64, n_rollback = 7, sink_order = clamped"],
         [],
+        [],
+        ["n_sink = 4, n_window = 256, n_clamp = 256, n_block = 64, n_rollback = 128, sink_order = clamped"],
         [],
     ]  # fmt: skip
 

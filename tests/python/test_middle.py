@@ -108,10 +108,20 @@ class TestParity:
         assert np.median(difference[150:200]) > 20 * TOLERANCE
 
     def test_more_threads_find_the_same(self, open_llama: OpenLlama, head_32: TinyModel) -> None:
-        with open_llama(head_32, ATTENTION, n_ubatch=7, middle=config_of(RETRIEVAL)) as one:
+        options: dict[str, Any] = {"n_ubatch": 7, "middle": config_of(RETRIEVAL), "deterministic": True}
+        with open_llama(head_32, ATTENTION, **options) as one:
             expected = eval_scheduled(one)
-        with open_llama(head_32, ATTENTION, n_ubatch=7, middle=config_of(RETRIEVAL), n_threads_batch=3) as three:
-            np.testing.assert_allclose(eval_scheduled(three), expected, atol=1e-4)
+        with open_llama(head_32, ATTENTION, n_threads_batch=3, **options) as three:
+            np.testing.assert_array_equal(eval_scheduled(three), expected)
+
+    def test_pieces_of_any_size_find_the_same(self, open_llama: OpenLlama, head_32: TinyModel) -> None:
+        logits = []
+        for n_ubatch in (1, 7, 64):
+            options: dict[str, Any] = {"n_ubatch": n_ubatch, "middle": config_of(RETRIEVAL), "deterministic": True}
+            with open_llama(head_32, ATTENTION, **options) as llm:
+                logits.append(eval_scheduled(llm))
+        np.testing.assert_array_equal(logits[1], logits[0])
+        np.testing.assert_array_equal(logits[2], logits[0])
 
     def test_flash_attention(self, open_llama: OpenLlama, head_32: TinyModel) -> None:
         options: dict[str, Any] = {"cache_type": "f16", "middle": config_of(RETRIEVAL)}

@@ -14,6 +14,7 @@ from lminf_edge.cli._markdown import MarkdownStream
 from lminf_edge.cli._terminal import messages, output, reading_bar, without_control, write_text
 from lminf_edge.completion_types import ChatCompletionChunk
 from lminf_edge.llama import Llama
+from lminf_edge.records import by_layer
 
 
 class ChatView(Protocol):
@@ -115,6 +116,8 @@ def _words(name: str) -> str:
 
 
 def _readable(value: object) -> str:
+    if isinstance(value, tuple):
+        return by_layer(value)
     if isinstance(value, float):
         return f"{value:,.3g}"
     return f"{value:,}" if isinstance(value, int) else "-" if value is None else str(value)
