@@ -115,6 +115,9 @@ class MemoryStats:
         n_retrievable: Those that the next token could look up: they have left the window.
         store_bytes: Bytes that the stored tokens take, in memory or in a file.
         scan_seconds: Time spent on looking through the store.
+        n_drafted: Tokens that were decoded ahead because a lookup guessed them (`speculate`), since the model was
+            opened.
+        n_accepted: Those of them that were drawn.
     """
 
     kv_bytes: int
@@ -136,3 +139,5 @@ class MemoryStats:
     n_retrievable: int
     store_bytes: int
     scan_seconds: float
+    n_drafted: int
+    n_accepted: int

@@ -40,6 +40,8 @@ class ModelSequence:
     Attributes:
         n_ctx: Length at which the context is full, in tokens. None: never (LM-Infinite).
         token_times: How long drawn tokens took.
+        n_drafted: Tokens that were decoded ahead.
+        n_accepted: Those of them that were drawn.
     """
 
     def __init__(self, model: _core.Model, context: _core.Context, n_ctx: int | None) -> None:
@@ -52,6 +54,8 @@ class ModelSequence:
         """
         self.n_ctx = n_ctx
         self.token_times = TokenTimes()
+        self.n_drafted = 0
+        self.n_accepted = 0
         self._open: tuple[_core.Model, _core.Context] | None = (model, context)
         self._history = TokenHistory()
         self._turn = 0
@@ -97,6 +101,8 @@ class ModelSequence:
             n_retrievable=middle.n_retrievable,
             store_bytes=middle.n_bytes,
             scan_seconds=middle.scan_seconds,
+            n_drafted=self.n_drafted,
+            n_accepted=self.n_accepted,
         )
 
     def _window_fill(self, stats: _core.Stats) -> float:
@@ -181,6 +187,47 @@ class ModelSequence:
             with self.recording(piece) as context:
                 context.decode(piece, check=check, recall=recall)
 
+    def append_ahead(self, tokens: TokenArray, check: Callable[[], object] | None = None, recall: int = 0) -> int:
+        """Appends one token and decodes others ahead, which `advance` takes up. Only within `exclusive`.
+
+        The sequence does not hold them for anybody else: whatever else is done with it takes them back first.
+
+        Args:
+            tokens: The token, and any number of others that may come after it.
+            check: See `append`; nothing is appended then.
+            recall: See `append`.
+
+        Returns:
+            How many of the others were decoded: as many as a micro-batch has room for, and none where a rebase would
+            come earlier for them.
+        """
+        if tokens.size == 1:
+            self.append(tokens, check, recall)
+            return 0
+        with self.recording(tokens[:1]) as context:
+            n_ahead = context.decode_ahead(tokens, check=check, recall=recall)
+        self.n_drafted += n_ahead
+        return n_ahead
+
+    def advance(self, token: int, recall: int = 0) -> bool:
+        """Appends a token if it is the next of those decoded ahead. Only within `exclusive`.
+
+        Args:
+            token: Token id.
+            recall: See `append`.
+
+        Returns:
+            Whether it was. If not, nothing changed.
+        """
+        with self.recording(np.array([token], np.int32)) as context:
+            is_next = context.advance(token, recall=recall)
+        self.n_accepted += is_next
+        return is_next
+
+    def newest_tokens(self, n: int) -> TokenArray:
+        """The last n tokens, or as many as are recorded."""
+        return self._history.newest(n)
+
     def recalled(self, n: int) -> tuple[RecalledToken, ...]:
         """The n heaviest of the tokens that the last one looked up."""
         result = []
@@ -241,7 +288,7 @@ class ModelSequence:
             StateError: The state does not fit the context. Nothing was changed.
         """
         self.context.set_state(state.cells, state.logits)
-        self._history.load(state.history)
+        self._history.load(state.history, self.n_past)
 
     def truncate(self, n_past: int) -> None:
         """Removes everything from position n_past on. Only within `exclusive`.
