@@ -140,14 +140,18 @@ class MatchModel:
 class LookupDrafts:
     """Decides what is decoded ahead, and how much of it: as much as is expected to make the text faster.
 
-    Whether a match is right is seen with every token, drafted or not. So how often matches of a length are right in this
-    text is known before a draft is made, and no draft has to be made to find out. What a drafted token costs is measured
-    as it is decoded.
+    Whether a guess is right is seen with every token, drafted or not, and already in the text so far. So how often matches
+    of a length are right here, and guesses of a token, is known before a draft is made, and no draft has to be made to
+    find out. What a draft of each length costs is
+    measured as it is decoded: more or less than twice that of one half as long, by the shapes that products are made
+    for.
     """
 
-    _N_RECENT = 32  # guesses, for each length of a match
-    _COST = 0.5  # of a drafted token, in decode steps, until one was seen; too low rather than too high, or none would be
-    _N_FORGOTTEN = 256  # tokens after which a high cost is not believed any more
+    _N_LEARNT = 512  # of the text's last tokens: guesses in them are judged before the first draft
+    _N_RECENT = 32  # guesses that count, of each kind
+    _N_PRIOR = 2  # guesses of a token that weigh as much as how reliable the length of the match is
+    _COST = 0.5  # of a drafted token, in decode steps, until it was measured; if it were too high, it never would be
+    _N_FORGOTTEN = 256  # steps after which a high cost is not believed any more: the machine may have been busy
     _SPEED_UP = 1.05  # that is expected of a draft at least
 
     def __init__(self, tokens: TokenArray) -> None:
@@ -156,11 +160,15 @@ class LookupDrafts:
         Args:
             tokens: Token ids.
         """
-        self._model = MatchModel(tokens)
-        self._right = [0.5] * (MatchModel._N_COMPARED.bit_length() + 1)  # share of right guesses, by length of match
+        self._model = MatchModel(tokens[: -self._N_LEARNT])
+        # Share of right guesses, by length of match. A match has been right that many times in succession: Laplace's rule
+        self._right = [1 - 1 / (2 + (2**kind >> 1)) for kind in range(MatchModel._N_COMPARED.bit_length() + 1)]
         self._n_seen = [0] * len(self._right)
+        self._by_token: dict[int, tuple[int, float]] = {}  # how often it was guessed, share of right guesses
         self._step: float | None = None  # seconds
-        self._cost = self._COST
+        self._cost = self._COST * np.arange(N_DRAFT + 1)  # of drafts in steps, by their length
+        for token in tokens[-self._N_LEARNT :].tolist():
+            self.feed(token)
 
     def feed(self, token: int) -> None:
         """The text's next token."""
@@ -168,14 +176,17 @@ class LookupDrafts:
         if guess is not None:
             kind = self._kind(self._model.length)
             n = self._n_seen[kind] = min(self._n_seen[kind] + 1, self._N_RECENT)
-            self._right[kind] += ((guess == token) - self._right[kind]) / (n + 2)  # Laplace's rule of succession
+            self._right[kind] += ((guess == token) - self._right[kind]) / (n + 2)
+            n, right = self._by_token.get(guess, (0, 0.0))
+            n = min(n + 1, self._N_RECENT)
+            self._by_token[guess] = n, right + ((guess == token) - right) / n
         self._model.feed(token)
 
     def draft(self, n_max: int) -> list[int]:
         """What to decode ahead of the token after the last one fed.
 
-        Of a draft of k tokens, E are expected to be right: the text goes on by 1 + E tokens in the time of
-        1 + k * cost steps. The k is taken for which that is fastest.
+        Of a draft of n tokens, E are expected to be right: the text goes on by 1 + E tokens in the time of 1 + cost
+        steps. The n is taken for which that is fastest.
 
         Args:
             n_max: Longest draft.
@@ -185,23 +196,30 @@ class LookupDrafts:
         """
         if self._step is None or self._model.next is None:
             return []
+        guesses = self._model.continuation(min(n_max, N_DRAFT))
         n_best, best = 0, self._SPEED_UP
         reached, n_right = 1.0, 0.0
-        for n in range(1, min(n_max, N_DRAFT) + 1):
-            reached *= self._right[self._kind(self._model.length + n - 1)]
+        for n, guess in enumerate(guesses, 1):
+            reached *= self._reliability(guess, self._model.length + n - 1)
             n_right += reached
-            speed_up = (1 + n_right) / (1 + n * self._cost)
+            speed_up = (1 + n_right) / (1 + self._cost[n])
             if speed_up > best:
                 n_best, best = n, speed_up
-        return self._model.continuation(n_best)
+        return guesses[:n_best]
 
     def took(self, n_draft: int, seconds: float) -> None:
         """A token and n_draft others after it were decoded."""
         if n_draft == 0:
             self._step = seconds if self._step is None else self._step + (seconds - self._step) / 8
-            self._cost += (min(self._cost, self._COST) - self._cost) / self._N_FORGOTTEN
+            too_high = np.maximum(self._cost - self._COST * np.arange(N_DRAFT + 1), 0.0)
+            self._cost -= too_high / self._N_FORGOTTEN
         elif self._step is not None:
-            self._cost += ((seconds / self._step - 1) / n_draft - self._cost) / 8
+            self._cost[n_draft] += (seconds / self._step - 1 - self._cost[n_draft]) / 4
+
+    def _reliability(self, guess: int, length: int) -> float:
+        """Probability that a guess of a match of some length is right."""
+        n, right = self._by_token.get(guess, (0, 0.0))
+        return (n * right + self._N_PRIOR * self._right[self._kind(length)]) / (n + self._N_PRIOR)
 
     @staticmethod
     def _kind(length: int) -> int:
