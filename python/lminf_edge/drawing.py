@@ -73,7 +73,7 @@ def draw_tokens(
             if part.size:
                 sequence.append(part, options.check, recall)
     sampler.accept(prompt)
-    drafts = LookupDrafts(sequence.newest_tokens(N_REMEMBERED)) if options.speculate else None
+    drafts = LookupDrafts(sequence.newest_tokens(N_REMEMBERED), sequence.draft_costs) if options.speculate else None
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     start = time.perf_counter()
     n_drawn = 0
@@ -125,4 +125,4 @@ def _append(
         draft = list(takewhile(lambda drafted: not sequence.model.is_eog(drafted), draft))
     begin = time.perf_counter()
     n_ahead = sequence.append_ahead(np.array([token, *draft], np.int32), options.check, recall)
-    drafts.took(n_ahead, time.perf_counter() - begin)
+    sequence.draft_costs.add(n_ahead, time.perf_counter() - begin)

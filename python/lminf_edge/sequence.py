@@ -14,6 +14,7 @@ from lminf_edge._library import _core
 from lminf_edge.errors import ContextError, StateError
 from lminf_edge.history import TokenHistory
 from lminf_edge.records import MemoryStats, RecalledToken
+from lminf_edge.speculation import DraftCosts
 from lminf_edge.system import peak_resident_bytes, resident_bytes
 from lminf_edge.timing import TokenTimes
 from lminf_edge.tokens import TokenArray
@@ -42,6 +43,7 @@ class ModelSequence:
         token_times: How long drawn tokens took.
         n_drafted: Tokens that were decoded ahead.
         n_accepted: Those of them that were drawn.
+        draft_costs: How long they took.
     """
 
     def __init__(self, model: _core.Model, context: _core.Context, n_ctx: int | None) -> None:
@@ -56,6 +58,7 @@ class ModelSequence:
         self.token_times = TokenTimes()
         self.n_drafted = 0
         self.n_accepted = 0
+        self.draft_costs = DraftCosts()
         self._open: tuple[_core.Model, _core.Context] | None = (model, context)
         self._history = TokenHistory()
         self._turn = 0

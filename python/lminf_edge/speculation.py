@@ -137,36 +137,65 @@ class MatchModel:
         self._index()
 
 
+class DraftCosts:
+    """What it costs to decode tokens ahead, as it was measured so far: in decode steps of one token."""
+
+    _COST = 0.5  # of a drafted token until it was measured; if it were too high, it never would be
+    _COST_MAX = 2.0  # that is believed: the machine may have been busy
+    _N_FORGOTTEN = 256  # steps after which a high cost is not believed any more
+
+    def __init__(self) -> None:
+        """Nothing was measured yet."""
+        self._step: float | None = None  # seconds
+        self._cost = np.full(N_DRAFT + 1, self._COST)  # of a token, by the length of its draft
+
+    @property
+    def known(self) -> bool:
+        """Whether a step was measured."""
+        return self._step is not None
+
+    def of(self, n_draft: int) -> float:
+        """Of a draft of so many tokens."""
+        return n_draft * float(self._cost[n_draft])
+
+    def add(self, n_draft: int, seconds: float) -> None:
+        """A token and n_draft others after it took so long."""
+        if n_draft == 0:
+            self._step = seconds if self._step is None else self._step + (seconds - self._step) / 8
+            self._cost -= np.maximum(self._cost - self._COST, 0.0) / self._N_FORGOTTEN
+        elif self._step is not None:
+            change = min((seconds / self._step - 1) / n_draft, self._COST_MAX) - self._cost
+            change[n_draft] *= 4  # others are likely to be alike, but less so
+            self._cost += change / 8
+
+
 class LookupDrafts:
     """Decides what is decoded ahead, and how much of it: as much as is expected to make the text faster.
 
-    Whether a guess is right is seen with every token, drafted or not, and already in the text so far. So how often matches
-    of a length are right here, and guesses of a token, is known before a draft is made, and no draft has to be made to
-    find out. What a draft of each length costs is
-    measured as it is decoded: more or less than twice that of one half as long, by the shapes that products are made
-    for.
+    Whether a guess is right is seen with every token, drafted or not, and already in the text so far. So how often
+    matches of a length are right here, and guesses of a token, is known before a draft is made, and no draft has to be
+    made to find out.
     """
 
-    _N_LEARNT = 512  # of the text's last tokens: guesses in them are judged before the first draft
+    _N_LEARNT = 256  # of the text's last tokens: guesses in them are judged before the first draft
     _N_RECENT = 32  # guesses that count, of each kind
     _N_PRIOR = 2  # guesses of a token that weigh as much as how reliable the length of the match is
-    _COST = 0.5  # of a drafted token, in decode steps, until it was measured; if it were too high, it never would be
-    _N_FORGOTTEN = 256  # steps after which a high cost is not believed any more: the machine may have been busy
     _SPEED_UP = 1.05  # that is expected of a draft at least
 
-    def __init__(self, tokens: TokenArray) -> None:
+    def __init__(self, tokens: TokenArray, costs: DraftCosts) -> None:
         """The text so far.
 
         Args:
             tokens: Token ids.
+            costs: What drafts cost; to be told by the caller.
         """
         self._model = MatchModel(tokens[: -self._N_LEARNT])
-        # Share of right guesses, by length of match. A match has been right that many times in succession: Laplace's rule
-        self._right = [1 - 1 / (2 + (2**kind >> 1)) for kind in range(MatchModel._N_COMPARED.bit_length() + 1)]
+        # Share of right guesses, by length of match: at first by Laplace's rule, as it was right so often in succession
+        n_kinds = self._kind(MatchModel._N_COMPARED) + 1
+        self._right: list[float] = [1 - 1 / (2 + (2**kind >> 1)) for kind in range(n_kinds)]
         self._n_seen = [0] * len(self._right)
         self._by_token: dict[int, tuple[int, float]] = {}  # how often it was guessed, share of right guesses
-        self._step: float | None = None  # seconds
-        self._cost = self._COST * np.arange(N_DRAFT + 1)  # of drafts in steps, by their length
+        self._costs = costs
         for token in tokens[-self._N_LEARNT :].tolist():
             self.feed(token)
 
@@ -194,7 +223,7 @@ class LookupDrafts:
         Returns:
             Token ids; none where a draft is not expected to pay.
         """
-        if self._step is None or self._model.next is None:
+        if not self._costs.known or self._model.next is None:
             return []
         guesses = self._model.continuation(min(n_max, N_DRAFT))
         n_best, best = 0, self._SPEED_UP
@@ -202,19 +231,10 @@ class LookupDrafts:
         for n, guess in enumerate(guesses, 1):
             reached *= self._reliability(guess, self._model.length + n - 1)
             n_right += reached
-            speed_up = (1 + n_right) / (1 + self._cost[n])
+            speed_up = (1 + n_right) / (1 + self._costs.of(n))
             if speed_up > best:
                 n_best, best = n, speed_up
         return guesses[:n_best]
-
-    def took(self, n_draft: int, seconds: float) -> None:
-        """A token and n_draft others after it were decoded."""
-        if n_draft == 0:
-            self._step = seconds if self._step is None else self._step + (seconds - self._step) / 8
-            too_high = np.maximum(self._cost - self._COST * np.arange(N_DRAFT + 1), 0.0)
-            self._cost -= too_high / self._N_FORGOTTEN
-        elif self._step is not None:
-            self._cost[n_draft] += (seconds / self._step - 1 - self._cost[n_draft]) / 4
 
     def _reliability(self, guess: int, length: int) -> float:
         """Probability that a guess of a match of some length is right."""
