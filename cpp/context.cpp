@@ -137,7 +137,7 @@ int64_t Context::n_past(llama_seq_id seq_id) const {
     return last_n_past[seq_id];
 }
 
-Context::use::use(Context & context, llama_seq_id seq_id) : context(context), seq_id(seq_id) {
+Context::use::use(Context & context, llama_seq_id seq_id, ahead_tokens ahead) : context(context), seq_id(seq_id) {
     context.check_seq_id(seq_id);
     refuse_reentry(context.owner);
     released.emplace();
@@ -145,12 +145,18 @@ Context::use::use(Context & context, llama_seq_id seq_id) : context(context), se
     if (!context.ptr) {
         throw error(error_type::state, "closed");
     }
+    if (ahead == ahead_tokens::take_back) {
+        take_back();
+    }
     context.owner = std::this_thread::get_id();
 }
 
 Context::use::~use() {
     for (uint32_t i = 0; i < context.options.n_seq_max; i++) {
         context.last_n_past[i] = lminf_n_past(ctx(), static_cast<llama_seq_id>(i));
+    }
+    if (!context.ahead.empty()) {
+        context.last_n_past[*context.logits_of] -= static_cast<int64_t>(context.ahead.size());
     }
     context.owner = std::thread::id();
 }
@@ -177,16 +183,63 @@ void Context::use::decode(
     context.model->check_tokens(tokens, n_tokens);
 
     const std::vector<int8_t> output(all_logits ? n_tokens : 0, 1);
-    const log_scope           scope(context.model->verbose);
+    compute(tokens, n_tokens, all_logits ? output.data() : nullptr, 0, callers_check);
+}
+
+size_t Context::use::decode_ahead(
+    const llama_token * tokens, size_t n_tokens, const py::object & callers_check) {
+    context.model->check_tokens(tokens, n_tokens);
+    lminf_stats stats{};
+    lminf_get_stats(ctx(), seq_id, &stats);
+    int64_t n_most = llama_n_ubatch(ctx());
+    if (stats.n_until_rebase > 0) { // else it is due whatever comes
+        n_most = std::min(n_most, stats.n_until_rebase);
+    }
+    n_tokens = std::min(n_tokens, static_cast<size_t>(n_most));
+
+    const std::vector<int8_t> output(n_tokens, 1);
+    compute(tokens, n_tokens, output.data(), n_tokens - 1, &callers_check);
+    return n_tokens - 1;
+}
+
+bool Context::use::advance(llama_token token, int recall) {
+    if (n_ahead() == 0 || context.ahead.front() != token || context.recall != recall) {
+        return false;
+    }
+    context.ahead.pop_front();
+    return true;
+}
+
+// Any last tokens of the last micro-batch can be taken back exactly: what it pushed out of the window stays stored until the next
+// one, whatever n_rollback is.
+void Context::use::take_back() {
+    if (context.ahead.empty()) {
+        return;
+    }
+    const llama_seq_id seq    = *context.logits_of;
+    const auto         n      = static_cast<int64_t>(context.ahead.size());
+    const float *      logits = llama_get_logits_ith(ctx(), static_cast<int32_t>(-1 - n));
+
+    std::vector<float> kept(logits, logits + context.model->n_vocab());
+    if (!lminf_seq_rm(ctx(), seq, lminf_n_past(ctx(), seq) - n, -1)) {
+        throw error(error_type::state, lminf_last_error());
+    }
+    context.ahead.clear();
+    context.restored_logits = std::move(kept);
+}
+
+void Context::use::compute(const llama_token * tokens, size_t n_tokens, const int8_t * output, size_t n_ahead,
+    const py::object * callers_check) {
+    const log_scope scope(context.model->verbose);
 
     forget_logits();
     context.apply_n_threads();
     context.interrupt.restart(callers_check);
-    const int32_t status =
-        lminf_decode(ctx(), seq_id, tokens, static_cast<int32_t>(n_tokens), all_logits ? output.data() : nullptr);
+    const int32_t status = lminf_decode(ctx(), seq_id, tokens, static_cast<int32_t>(n_tokens), output);
     if (status == 0) {
         llama_synchronize(ctx());
         context.logits_of = seq_id;
+        context.ahead.assign(tokens + n_tokens - n_ahead, tokens + n_tokens);
     }
     context.interrupt.rethrow();
     if (status != 0) {
@@ -294,6 +347,7 @@ void Context::use::set_recall(int mode) {
     if (!lminf_set_recall(ctx(), static_cast<lminf_recall_mode>(mode))) {
         throw error(error_type::config, "recall: this context stores no middle tokens; pass LMInfConfig(middle=MiddleConfig())");
     }
+    context.recall = mode;
 }
 
 size_t Context::use::state_size() const {
@@ -346,7 +400,8 @@ void Context::use::set_last_logits(const float * logits) {
 const float * Context::use::last_logits() const {
     const float * logits = nullptr;
     if (context.logits_of == seq_id) {
-        logits = context.restored_logits.empty() ? llama_get_logits_ith(ctx(), -1) : context.restored_logits.data();
+        logits = context.restored_logits.empty() ? llama_get_logits_ith(ctx(), static_cast<int32_t>(-1 - n_ahead()))
+                                                 : context.restored_logits.data();
     }
     if (!logits) {
         throw error(error_type::state, "no logits: evaluate a token first");

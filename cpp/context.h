@@ -7,6 +7,7 @@
 #include "model.h"
 
 #include <atomic>
+#include <deque>
 #include <mutex>
 #include <optional>
 #include <string>
@@ -48,6 +49,9 @@ public:
     // Held by whoever calls a llama.h or lminf.h function on the context.
     class use;
 
+    // What a use does with tokens that were decoded ahead.
+    enum class ahead_tokens { take_back, keep };
+
     // Waits for the thread that uses the context.
     void close();
 
@@ -78,14 +82,16 @@ private:
     std::atomic<int32_t>                            n_threads_batch_wanted;
     std::optional<llama_seq_id> logits_of; // the sequence that the logits belong to, if there are any
     std::vector<float>          restored_logits; // they came with a state; empty: llama.cpp has them
+    std::deque<llama_token>     ahead; // llama.cpp's sequence logits_of goes on with them, the one that callers see does not
+    int                         recall = LMINF_RECALL_OFF; // lminf_recall_mode of what was decoded last
     interrupt_check             interrupt;
 };
 
 // The context is this thread's, and the GIL is released, until the end of the scope. Throws error_type::state if it is
-// closed.
+// closed. Tokens that were decoded ahead are taken back first, so that nobody meets them who does not ask for them.
 class Context::use {
 public:
-    use(Context & context, llama_seq_id seq_id);
+    use(Context & context, llama_seq_id seq_id, ahead_tokens ahead = ahead_tokens::take_back);
     ~use();
 
     use(const use &)             = delete;
@@ -98,6 +104,17 @@ public:
     // micro-batches stay in the sequence.
     void decode(
         const llama_token * tokens, size_t n_tokens, bool all_logits, const pybind11::object * callers_check = nullptr);
+
+    // Appends a token, and decodes others ahead in the same micro-batch: n_past and last_logits() are those of the first one until
+    // advance() takes up the next. Of the others fewer are decoded where the micro-batch has no room for them, or where the
+    // sequence would be rebased earlier than without them. Returns how many are.
+    size_t decode_ahead(const llama_token * tokens, size_t n_tokens, const pybind11::object & callers_check);
+
+    // Appends a token if it is the next of those decoded ahead, with this lminf_recall_mode. false: it is not, nothing changed.
+    bool advance(llama_token token, int recall);
+
+    // Position of the sequence's next token.
+    int64_t n_past() const { return lminf_n_past(ctx(), seq_id) - n_ahead(); }
 
     // Appends tokens to the sequences that they belong to, in one llama_decode(), and computes the logits of all.
     void decode_batch(const llama_token * tokens, const llama_seq_id * seq_ids, size_t n_tokens);
@@ -147,6 +164,12 @@ public:
 
 private:
     bool try_set_state(const uint8_t * src, size_t size);
+
+    void compute(const llama_token * tokens, size_t n_tokens, const int8_t * output, size_t n_ahead,
+        const pybind11::object * callers_check);
+    void take_back();
+
+    int64_t n_ahead() const { return context.logits_of == seq_id ? static_cast<int64_t>(context.ahead.size()) : 0; }
 
     [[noreturn]] void throw_decode_error(int32_t status, const std::string & reason) const;
 

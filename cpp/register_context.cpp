@@ -79,6 +79,21 @@ static void decode(Context & context, const token_array & tokens, llama_seq_id s
     held.decode(tokens.data(), tokens.size(), false, &callers_check);
 }
 
+static size_t decode_ahead(Context & context, const token_array & tokens, llama_seq_id seq_id,
+    const py::object & callers_check, int recall) {
+    if (tokens.size() < 1) {
+        throw error(error_type::config, "tokens: at least one is needed");
+    }
+    Context::use held(context, seq_id);
+    held.set_recall(recall);
+    return held.decode_ahead(tokens.data(), static_cast<size_t>(tokens.size()), callers_check);
+}
+
+static bool advance(Context & context, llama_token token, llama_seq_id seq_id, int recall) {
+    Context::use held(context, seq_id, Context::ahead_tokens::keep);
+    return held.advance(token, recall);
+}
+
 static void truncate(Context & context, int64_t n_past, llama_seq_id seq_id) {
     Context::use held(context, seq_id);
     held.truncate(n_past);
@@ -98,9 +113,10 @@ static void shift(Context & context, int64_t n_keep, int64_t n_discard, llama_se
 static std::vector<std::pair<int64_t, float>> recalled(Context & context, llama_seq_id seq_id) {
     std::vector<lminf_recalled_token> found;
     {
-        const Context::use held(context, seq_id);
-        found.resize(static_cast<size_t>(lminf_get_recall(held.ctx(), seq_id, nullptr, 0)));
-        lminf_get_recall(held.ctx(), seq_id, found.data(), static_cast<int32_t>(found.size()));
+        const Context::use held(context, seq_id, Context::ahead_tokens::keep);
+        const int64_t      pos = held.n_past() - 1;
+        found.resize(static_cast<size_t>(lminf_get_recall(held.ctx(), seq_id, pos, nullptr, 0)));
+        lminf_get_recall(held.ctx(), seq_id, pos, found.data(), static_cast<int32_t>(found.size()));
     }
     std::vector<std::pair<int64_t, float>> result;
     for (const auto & token : found) {
@@ -459,6 +475,10 @@ void register_context(py::module_ & m) {
         .def("middle_stats", &middle_stats, seq_id)
         .def("recalled", &recalled, seq_id)
         .def("decode", &decode, tokens, seq_id, py::arg("check") = py::none(), recall)
+        .def("decode_ahead", &decode_ahead, tokens, seq_id, py::arg("check") = py::none(), recall,
+            "Appends the first token and decodes the others ahead; returns how many of them.")
+        .def("advance", &advance, py::arg("token"), seq_id, recall,
+            "Appends a token if it is the next of those decoded ahead, with this way to recall.")
         .def("test_check_candidates", &test_check_candidates, py::arg("check"))
         .def("test_get_candidates", &test_get_candidates)
         .def("truncate", &truncate, py::arg("n_past"), seq_id)

@@ -242,6 +242,7 @@ void register_model(py::module_ & m) {
         .def_property_readonly("has_encoder", of_model(llama_model_has_encoder))
         .def_property_readonly("has_decoder", of_model(llama_model_has_decoder))
         .def_property_readonly("is_recurrent", of_model(llama_model_is_recurrent))
+        .def_property_readonly("is_hybrid", of_model(llama_model_is_hybrid))
         .def_property_readonly("description", &description)
         .def_property_readonly("metadata", &metadata)
         .def_property_readonly("chat_template", &chat_template)

@@ -95,7 +95,7 @@ drawn_token Sampler::sample(Context & context, std::optional<size_t> n_top, llam
     if (context.model != model) {
         throw error(error_type::config, "the sampler was made for another model");
     }
-    const Context::use    held(context, seq_id);
+    const Context::use    held(context, seq_id, Context::ahead_tokens::keep);
     const std::lock_guard lock(mutex);
     const float *         logits  = held.last_logits();
     const llama_token     token   = draw(logits);

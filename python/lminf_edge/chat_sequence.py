@@ -132,6 +132,7 @@ class ChatSequence:
             recall=plan,
             n_question=self.conversation.end - self.conversation.messages[-2].begin,
             n_recalled=options.n_recalled,
+            speculate=self._llm._speculation(options.speculate),
         )
         remembered = self.conversation.unread(0)
         sampler.accept(np.array(remembered[: len(remembered) - len(prompt)], np.int32))  # for the penalties

@@ -400,6 +400,7 @@ class ChatSession:
 
         def start(options: TextOptions) -> Writing:
             plan = self._llm._recall_plan(options.recall)
+            self._llm._speculation(options.speculate)  # says now what is wrong
             sampler = options.sampling.sampler(self._llm._model, self._llm._next_seed(options.seed))
             writing = Writing(pieces=_nothing())
             writing.pieces = self._spoken.answer(begin, sampler, options, plan, writing)

@@ -6,6 +6,7 @@ from typing import Any, Literal, TypedDict
 
 from lminf_edge._typing import NotRequired
 from lminf_edge.middle import RecallScope
+from lminf_edge.speculation import Speculation
 
 FinishReason = Literal["stop", "length"]
 """Why a text ended. "stop": the model, a stop string or the guard against loops ended it; "length": max_tokens."""
@@ -153,6 +154,8 @@ class TextParams(SamplingParams, total=False):
             the question and what is written. The question is the prompt's part after its last blank line, the last 64
             of token ids, or the last message of the user and what follows it. "all": also what is read before, but
             only what weighs more than all that is seen anyway. "none": nothing.
+        speculate: "lookup": where the text has gone on from the same words before, what came next is decoded ahead, and
+            stays if it is what is drawn. The text is the same, and faster where it repeats itself. Needs `lminf`.
     """
 
     max_tokens: int | None
@@ -163,6 +166,7 @@ class TextParams(SamplingParams, total=False):
     stream_options: dict[str, bool] | None
     model: str | None
     recall: RecallScope | None
+    speculate: Speculation | None
 
 
 class CompletionParams(TextParams, total=False):

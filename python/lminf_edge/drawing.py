@@ -6,6 +6,7 @@ import codecs
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import takewhile
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from lminf_edge._library import _core
 from lminf_edge.middle import NO_RECALL, RecallPlan
 from lminf_edge.records import GenerationStep
 from lminf_edge.sequence import ModelSequence
+from lminf_edge.speculation import N_DRAFT, N_REMEMBERED, LookupDrafts, Speculation
 from lminf_edge.tokens import TokenArray
 
 
@@ -32,6 +34,7 @@ class DrawOptions:
         recall: How prompt and drawn tokens recall.
         n_question: How many of the last tokens of the prompt are the question. None: all.
         n_recalled: How many of the tokens that were looked up are told with each step.
+        speculate: How tokens are guessed that are decoded ahead. None: none are.
     """
 
     max_tokens: int
@@ -44,6 +47,7 @@ class DrawOptions:
     recall: RecallPlan = NO_RECALL
     n_question: int | None = None
     n_recalled: int = 0
+    speculate: Speculation | None = None
 
 
 def draw_tokens(
@@ -69,6 +73,7 @@ def draw_tokens(
             if part.size:
                 sequence.append(part, options.check, recall)
     sampler.accept(prompt)
+    drafts = LookupDrafts(sequence.newest_tokens(N_REMEMBERED), sequence.draft_costs) if options.speculate else None
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     start = time.perf_counter()
     n_drawn = 0
@@ -84,7 +89,8 @@ def draw_tokens(
                 sequence.check_room(1)
                 if options.before_append is not None:
                     options.before_append()
-                sequence.append(np.array([token], np.int32), options.check, options.recall.answering)
+                n_left = options.max_tokens - n_drawn - 1 if options.max_tokens >= 0 else N_DRAFT
+                _append(sequence, token, options, drafts, n_left)
                 sequence.token_times.add(time.perf_counter() - begin)
         n_drawn += 1
         final = ended or n_drawn == options.max_tokens
@@ -101,3 +107,22 @@ def draw_tokens(
         )
         if ended:
             return
+
+
+def _append(
+    sequence: ModelSequence, token: int, options: DrawOptions, drafts: LookupDrafts | None, n_left: int
+) -> None:
+    """Appends a drawn token, after which n_left others may be drawn. It may have been decoded ahead."""
+    recall = options.recall.answering
+    if drafts is None:
+        sequence.append(np.array([token], np.int32), options.check, recall)
+        return
+    drafts.feed(token)
+    if sequence.advance(token, recall):
+        return
+    draft = drafts.draft(n_left)
+    if options.stop_at_end:  # an end is not appended
+        draft = list(takewhile(lambda drafted: not sequence.model.is_eog(drafted), draft))
+    begin = time.perf_counter()
+    n_ahead = sequence.append_ahead(np.array([token, *draft], np.int32), options.check, recall)
+    sequence.draft_costs.add(n_ahead, time.perf_counter() - begin)

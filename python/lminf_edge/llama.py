@@ -30,6 +30,7 @@ from lminf_edge.sampling import N_SEED_MAX, SamplingOptions
 from lminf_edge.saved_state import config_settings, sequence_state, state_file
 from lminf_edge.scoring_methods import ScoringMethods
 from lminf_edge.sequence import ModelSequence
+from lminf_edge.speculation import Speculation, check_speculation
 from lminf_edge.state_file import StateFile, model_fingerprint, read_state_file, write_state_file
 from lminf_edge.text_generation import TextOptions, write_text
 from lminf_edge.threads import ThreadPlan
@@ -289,6 +290,7 @@ class Llama(CompletionMethods, ScoringMethods):
         n_top_logprobs: int = 0,
         recall: Recall = False,
         show_recall: bool = False,
+        speculate: Speculation | None = None,
     ) -> Iterator[GenerationStep]:
         """Appends a prompt to the sequence, then draws tokens one by one.
 
@@ -315,6 +317,8 @@ class Llama(CompletionMethods, ScoringMethods):
             n_top_logprobs: Look up this many of the most probable tokens at each step.
             recall: Whether prompt and drawn tokens look up middle tokens; see `eval`.
             show_recall: Tell with each step what the model has looked up.
+            speculate: "lookup": where the text has gone on from the same words before, what came next is decoded ahead,
+                and stays if it is what is drawn. The text is the same, and faster where it repeats itself.
 
         Returns:
             An iterator over the steps. The arguments are checked now; the prompt is read when the first step is asked
@@ -342,6 +346,7 @@ class Llama(CompletionMethods, ScoringMethods):
             n_top_logprobs=check_int("n_top_logprobs", n_top_logprobs, 0),
             recall=RecallPlan(answering=self._recall_mode(recall)),
             n_recalled=N_RECALLED if check_bool("show_recall", show_recall) else 0,
+            speculate=self._speculation(speculate),
         )
         seed = check_optional_int("seed", seed, 0, N_SEED_MAX)
         if isinstance(prompt, str | bytes):
@@ -377,6 +382,7 @@ class Llama(CompletionMethods, ScoringMethods):
             recall=self._recall_plan(options.recall),
             n_question=n_question,
             n_recalled=options.n_recalled,
+            speculate=self._speculation(options.speculate),
         )
         sampler = options.sampling.sampler(self._model, self._next_seed(options.seed))
         return write_text(draw_tokens(self._sequence, tokens, sampler, drawing), options)
@@ -503,6 +509,23 @@ class Llama(CompletionMethods, ScoringMethods):
 
     def _recall_plan(self, scope: RecallScope | None) -> RecallPlan:
         return recall_plan(scope, has_store=self._has_store)
+
+    def _speculation(self, speculate: Speculation | None) -> Speculation | None:
+        """The way to guess, if this model can take back what was guessed wrong."""
+        check_speculation(speculate)
+        if speculate is None:
+            return None
+        if self._config is None:
+            raise ConfigError(
+                f"speculate = {speculate!r}: a plain context does not promise the same text; "
+                "pass lminf=LMInfConfig(), or leave it away"
+            )
+        if self._model.is_hybrid:
+            raise UnsupportedModelError(
+                f"speculate = {speculate!r}: {self._model.description} has recurrent layers, whose state cannot take "
+                "back what was guessed wrong"
+            )
+        return speculate
 
     @property
     def _has_store(self) -> bool:

@@ -119,6 +119,9 @@ class MemoryStats:
         scan_seconds: Time spent on looking through the store.
         attention: Who computes it, for each layer: "own kernel (AVX2)", "llama.cpp's (latent attention)", with the
             instruction set or the reason; "none" for a layer without attention.
+        n_drafted: Tokens that were decoded ahead because a lookup guessed them (`speculate`), since the model was
+            opened.
+        n_accepted: Those of them that were drawn.
     """
 
     kv_bytes: int
@@ -141,6 +144,8 @@ class MemoryStats:
     store_bytes: int
     scan_seconds: float
     attention: tuple[str, ...]
+    n_drafted: int
+    n_accepted: int
 
 
 def by_layer(attention: Sequence[str]) -> str:

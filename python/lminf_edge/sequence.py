@@ -15,6 +15,7 @@ from lminf_edge._library import _core
 from lminf_edge.errors import ContextError, StateError
 from lminf_edge.history import TokenHistory
 from lminf_edge.records import MemoryStats, RecalledToken
+from lminf_edge.speculation import DraftCosts
 from lminf_edge.system import peak_resident_bytes, resident_bytes
 from lminf_edge.threads import ThreadPlan
 from lminf_edge.timing import TokenTimes
@@ -43,6 +44,9 @@ class ModelSequence:
         n_ctx: Length at which the context is full, in tokens. None: never (LM-Infinite).
         threads: How many threads compute.
         token_times: How long drawn tokens took.
+        n_drafted: Tokens that were decoded ahead.
+        n_accepted: Those of them that were drawn.
+        draft_costs: How long they took.
     """
 
     def __init__(self, model: _core.Model, context: _core.Context, n_ctx: int | None, threads: ThreadPlan) -> None:
@@ -57,6 +61,9 @@ class ModelSequence:
         self.n_ctx = n_ctx
         self.threads = threads
         self.token_times = TokenTimes()
+        self.n_drafted = 0
+        self.n_accepted = 0
+        self.draft_costs = DraftCosts()
         self._open: tuple[_core.Model, _core.Context] | None = (model, context)
         self._history = TokenHistory()
         self._turn = 0
@@ -103,6 +110,8 @@ class ModelSequence:
             store_bytes=middle.n_bytes,
             scan_seconds=middle.scan_seconds,
             attention=tuple(who or "none" for who in self.context.attention()),
+            n_drafted=self.n_drafted,
+            n_accepted=self.n_accepted,
         )
 
     def _window_fill(self, stats: _core.Stats) -> float:
@@ -195,6 +204,47 @@ class ModelSequence:
         if check is not None:
             check()
 
+    def append_ahead(self, tokens: TokenArray, check: Callable[[], object] | None = None, recall: int = 0) -> int:
+        """Appends one token and decodes others ahead, which `advance` takes up. Only within `exclusive`.
+
+        The sequence does not hold them for anybody else: whatever else is done with it takes them back first.
+
+        Args:
+            tokens: The token, and any number of others that may come after it.
+            check: See `append`; nothing is appended then.
+            recall: See `append`.
+
+        Returns:
+            How many of the others were decoded: as many as a micro-batch has room for, and none where a rebase would
+            come earlier for them.
+        """
+        if tokens.size == 1:
+            self.append(tokens, check, recall)
+            return 0
+        with self.recording(tokens[:1]) as context:
+            n_ahead = context.decode_ahead(tokens, check=check, recall=recall)
+        self.n_drafted += n_ahead
+        return n_ahead
+
+    def advance(self, token: int, recall: int = 0) -> bool:
+        """Appends a token if it is the next of those decoded ahead. Only within `exclusive`.
+
+        Args:
+            token: Token id.
+            recall: See `append`.
+
+        Returns:
+            Whether it was. If not, nothing changed.
+        """
+        with self.recording(np.array([token], np.int32)) as context:
+            is_next = context.advance(token, recall=recall)
+        self.n_accepted += is_next
+        return is_next
+
+    def newest_tokens(self, n: int) -> TokenArray:
+        """The last n tokens, or as many as are recorded."""
+        return self._history.newest(n)
+
     def recalled(self, n: int) -> tuple[RecalledToken, ...]:
         """The n heaviest of the tokens that the last one looked up."""
         result = []
@@ -255,7 +305,7 @@ class ModelSequence:
             StateError: The state does not fit the context. Nothing was changed.
         """
         self.context.set_state(state.cells, state.logits)
-        self._history.load(state.history)
+        self._history.load(state.history, self.n_past)
 
     def truncate(self, n_past: int) -> None:
         """Removes everything from position n_past on. Only within `exclusive`.

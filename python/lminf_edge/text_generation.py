@@ -13,6 +13,7 @@ from lminf_edge.grammar import response_format_grammar
 from lminf_edge.middle import RecallScope
 from lminf_edge.records import GenerationStep, TextPiece
 from lminf_edge.sampling import N_SEED_MAX, SamplingOptions
+from lminf_edge.speculation import Speculation, check_speculation
 from lminf_edge.stopping import LoopGuard, StopStrings, check_stop
 
 N_TOP_LOGPROBS_MAX = 100
@@ -33,6 +34,7 @@ class TextOptions:
         check: Called between tokens, and about every 50 ms while a prompt is read; what it raises ends the text.
         recall: Which tokens look up middle tokens. None: the question and the text, if any are stored.
         n_recalled: How many of the tokens that were looked up are told with each drawn one.
+        speculate: See `DrawOptions`.
 
     Raises:
         ConfigError: A value is out of range.
@@ -48,6 +50,7 @@ class TextOptions:
     check: Callable[[], object] | None = None
     recall: RecallScope | None = None
     n_recalled: int = 0
+    speculate: Speculation | None = None
 
     def __post_init__(self) -> None:
         if check_int("max_tokens", self.max_tokens, -1) == 0:
@@ -55,6 +58,7 @@ class TextOptions:
         check_optional_int("seed", self.seed, 0, N_SEED_MAX)
         object.__setattr__(self, "stop", check_stop(self.stop))
         check_bool("stop_on_loop", self.stop_on_loop)
+        check_speculation(self.speculate)
 
 
 _SAMPLING_NAMES = frozenset(field.name for field in fields(SamplingOptions))
@@ -91,6 +95,7 @@ def text_options(
         stop=given.get("stop", ()),
         stop_on_loop=given.get("stop_on_loop", False),
         recall=given.get("recall"),
+        speculate=given.get("speculate"),
         n_top_logprobs=n_top_logprobs,
         check=check,
     )

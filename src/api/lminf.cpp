@@ -320,12 +320,12 @@ bool lminf_set_recall(struct llama_context * ctx, enum lminf_recall_mode mode) {
 }
 
 int32_t lminf_get_recall(
-        const struct llama_context * ctx, llama_seq_id seq_id, struct lminf_recalled_token * dst, int32_t n_max) {
+        const struct llama_context * ctx, llama_seq_id seq_id, int64_t pos, struct lminf_recalled_token * dst, int32_t n_max) {
     const auto * middle = get_middle(ctx);
     if (!middle || !has_seq(ctx, seq_id)) {
         return 0;
     }
-    const auto found = middle->recalled(seq_id);
+    const auto found = middle->recalled(seq_id, pos);
     for (int32_t i = 0; i < std::min((int32_t) found.size(), n_max); ++i) {
         dst[i] = { found[i].pos, found[i].weight };
     }

@@ -71,6 +71,7 @@ struct lminf_stats {
     int64_t pos_physical; // position of the next token as RoPE will see it
     int64_t n_placements; // sink tokens placed by RoPE, counted once per block copy of S tokens
     int64_t n_rebases;    // times the window's keys were rotated back
+    int64_t n_until_rebase; // a micro-batch of more tokens than this rotates them back first; 0: every one does, or none ever
     uint64_t n_bytes;     // of all K and V cells and sink originals of the context
     uint32_t n_cells;     // cells of one sequence: sink copies + window ring
     uint32_t n_cells_used;
@@ -154,10 +155,10 @@ LLAMA_API bool lminf_get_middle_stats(
 // Whether the tokens that are decoded from now on look up middle tokens. false if the context stores none.
 LLAMA_API bool lminf_set_recall(struct llama_context * ctx, enum lminf_recall_mode mode);
 
-// What the last token of the sequence looked up, if the last llama_decode() recalled: at most n_max tokens, the heaviest first.
-// Returns how many there are.
+// What the token at a position looked up, if the last micro-batch recalled and that is one of its last 16 tokens of the sequence: at
+// most n_max tokens, the heaviest first. Returns how many there are.
 LLAMA_API int32_t lminf_get_recall(
-        const struct llama_context * ctx, llama_seq_id seq_id, struct lminf_recalled_token * dst, int32_t n_max);
+        const struct llama_context * ctx, llama_seq_id seq_id, int64_t pos, struct lminf_recalled_token * dst, int32_t n_max);
 
 // Whether llama_memory_seq_add() turns the keys of this context right. llama_memory_can_shift() also says so of caches of quantised
 // keys that llama.cpp then rotates with a matrix that is not there or does not fit. false with LM-Infinite, which does it by itself.

@@ -183,6 +183,7 @@ lminf_stats lminf_kv_cache::stats(llama_seq_id seq_id) const {
     res.pos_physical  = seq.n_past - seq.base;
     res.n_placements  = seq.n_placements;
     res.n_rebases     = seq.n_rebases;
+    res.n_until_rebase = std::max<int64_t>(0, policy.rebase_limit() - res.pos_physical);
     res.n_cells       = (uint32_t) policy.n_cells();
     res.n_cells_used  = (uint32_t) n_used;
     res.n_ring        = (uint32_t) policy.n_ring();

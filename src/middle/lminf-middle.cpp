@@ -252,8 +252,8 @@ lminf_middle_stats lminf_middle::stats(const lminf_sequence & seq) const {
     return res;
 }
 
-std::vector<lminf_recalled> lminf_middle::recalled(int64_t seq_id) const {
-    return recalls ? recall.record(seq_id) : std::vector<lminf_recalled>();
+std::vector<lminf_recalled> lminf_middle::recalled(int64_t seq_id, int64_t pos) const {
+    return recalls ? recall.record(seq_id, pos) : std::vector<lminf_recalled>();
 }
 
 bool lminf_middle::check_candidates(bool check) {

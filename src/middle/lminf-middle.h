@@ -83,7 +83,7 @@ public:
     void read (llama_io_read_i  & io, int64_t seq_id, const lminf_sequence & seq);
 
     lminf_middle_stats          stats   (const lminf_sequence & seq) const;
-    std::vector<lminf_recalled> recalled(int64_t seq_id) const; // see lminf_recall::record()
+    std::vector<lminf_recalled> recalled(int64_t seq_id, int64_t pos) const; // see lminf_recall::record()
 
     // see lminf_test_check_candidates(); false if there are none
     bool                  check_candidates(bool check);

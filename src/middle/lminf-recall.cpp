@@ -28,10 +28,11 @@ void lminf_recall::begin(std::vector<lminf_recall_token> tokens, bool recalls, b
     for (size_t i = 0; i < this->tokens.size(); ++i) {
         auto & token = this->tokens[i];
 
-        const bool is_last = i + 1 == this->tokens.size() || this->tokens[i + 1].seq != token.seq;
+        const size_t i_later = i + N_RECORDED;
+        const bool   is_last = i_later >= this->tokens.size() || this->tokens[i_later].seq != token.seq;
         token.record = is_last ? (int64_t) recorded.size() : -1;
         if (is_last) {
-            recorded.push_back(token.seq);
+            recorded.emplace_back(token.seq, token.pos);
         }
     }
     for (size_t il = 0; il < records.size(); ++il) {
@@ -163,8 +164,8 @@ ggml_tensor * lminf_recall::attend(ggml_context * ctx, size_t layer, const input
 // what was looked up
 //
 
-std::vector<lminf_recalled> lminf_recall::record(int64_t seq) const {
-    const auto it = std::find(recorded.begin(), recorded.end(), seq);
+std::vector<lminf_recalled> lminf_recall::record(int64_t seq, int64_t pos) const {
+    const auto it = std::find(recorded.begin(), recorded.end(), std::pair(seq, pos));
     if (it == recorded.end()) {
         return {};
     }

@@ -26,7 +26,7 @@ struct lminf_recall_token {
     int64_t pos;
     int64_t begin; // it can recall keys [begin, end), and sees none of them
     int64_t end;
-    int64_t record; // where to put down what it recalls; -1: nowhere. The last one of each sequence is recorded
+    int64_t record; // where to put down what it recalls; -1: nowhere. The last ones of each sequence are recorded
 };
 
 // what a query looked up: position, weight in the softmax
@@ -73,8 +73,11 @@ public:
     // F32 [n_embd_v*n_head, n_tokens]
     ggml_tensor * attend(ggml_context * ctx, size_t layer, const inputs & in);
 
-    // what the last token of a sequence looked up in the last micro-batch that recalled: weights summed over layers and heads
-    std::vector<lminf_recalled> record(int64_t seq) const;
+    static constexpr size_t N_RECORDED = 16;
+
+    // what a token looked up, if it is one of the last N_RECORDED of its sequence in the last micro-batch that recalled: weights
+    // summed over layers and heads
+    std::vector<lminf_recalled> record(int64_t seq, int64_t pos) const;
 
     double scan_seconds() const { return 1e-6*n_us_scan; }
 
@@ -107,7 +110,7 @@ private:
 
     // [layer][recorded token][query head][n_best]
     std::vector<std::vector<lminf_recalled>> records;
-    std::vector<int64_t>                     recorded; // sequences
+    std::vector<std::pair<int64_t, int64_t>> recorded; // sequence, position
 
     std::atomic<int64_t> n_us_scan{0};
     std::atomic<int64_t> n_checked{0};

@@ -157,6 +157,15 @@ class CompletionOptions:
         bool, typer.Option("--stop-on-loop", help="End a text that repeats itself.", rich_help_panel=_SAMPLING)
     ] = False
 
+    speculate: Annotated[
+        str | None,
+        typer.Option(
+            help="Decode ahead what came next where the text stood so before; the text stays the same.",
+            rich_help_panel=_SAMPLING,
+            metavar="lookup",
+        ),
+    ] = None
+
     def params(self) -> TextParams:
         """The options of a completion. Whether the values are in range is checked there."""
         params: TextParams = asdict(self)  # type: ignore[assignment]  # the fields have its keys and types
