@@ -99,6 +99,7 @@ def given(llm: Llama, speculate: Any, case: Case, n_tokens: int) -> Iterator[Gen
 def measure(models: Sequence[Llama], case: Case, write: Any, n_tokens: int, n_rounds: int) -> list[str]:
     """The cells of a row."""
     ratios: list[float] = []
+    is_same = True
     for llm in models:
         llm.reset()
         llm.logprobs(case.prompt)
@@ -111,8 +112,7 @@ def measure(models: Sequence[Llama], case: Case, write: Any, n_tokens: int, n_ro
             texts.append([step.token for step in write(llm, speculate, case, n_tokens)])
             seconds.append(time.process_time() - begin)
             llm.truncate(len(case.prompt) - 1)
-        if texts[0] != texts[1]:
-            raise SystemExit(f"{case.name}: the text is another one with speculate='lookup'")
+        is_same = is_same and texts[0] == texts[1]
         ratios.append(seconds[0] / seconds[1])
     after = models[1].memory_stats()
     n_drafted, n_accepted = after.n_drafted - before.n_drafted, after.n_accepted - before.n_accepted
@@ -120,6 +120,7 @@ def measure(models: Sequence[Llama], case: Case, write: Any, n_tokens: int, n_ro
         f"{np.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
         f"{100 * n_accepted / (n_rounds * n_tokens):.0f} %",
         f"{100 * n_drafted / (n_rounds * n_tokens):.0f} %",
+        "the same" if is_same else "another one",
     ]
 
 
@@ -159,7 +160,7 @@ def main() -> None:
             for name, write in (("written", written), ("given", given)):
                 rows.append([case.name, name, *measure((plain, other), case, write, args.tokens, args.rounds)])
                 print(rows[-1], flush=True)
-    header = ["text", "", "speed-up", "drafted and drawn, of all tokens", "drafted, of all tokens"]
+    header = ["text", "", "speed-up", "drafted and drawn, of all tokens", "drafted, of all tokens", "text"]
     print("\n" + markdown_table(header, rows))
 
 
