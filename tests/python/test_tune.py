@@ -162,7 +162,7 @@ def test_the_command(head_32: TinyModel) -> None:
     arguments = ["bench", "--tune", "--model", str(head_32.path), "--n-window", "64", "--rounds", "3", "--decode", "2"]
     shown = CliRunner().invoke(app, [*arguments, "--prompts", "40"])
     assert shown.exit_code == 0, shown.output
-    assert "micro-batch" in shown.output
+    assert "512" in shown.output and "q8_0/q4_0" in shown.output
     answer = CliRunner().invoke(app, [*arguments, "--prompts", "40", "--json"])
     assert answer.exit_code == 0
     document = json.loads(answer.stdout)

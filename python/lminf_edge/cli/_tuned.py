@@ -23,8 +23,9 @@ def show_tuned(settings: TuneSettings, result: TuneResult) -> None:
         title=f"At a full window of {settings.config.n_window:,} tokens: medians of {settings.rounds} rounds",
         title_justify="left",
         box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
     )
-    for name in ("", "threads", "batch", "cache"):
+    for name in ("threads", "micro-\nbatch", "cache"):
         table.add_column(name, no_wrap=True)
     for name in ("decoding\ntokens/s", "prompts\ntokens/s", "keys,\nvalues", "to first row\n(95 %)"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -89,7 +90,7 @@ def command_options(result: TuneResult) -> str:
 
 def _row(trial: Trial) -> tuple[str, ...]:
     choice = trial.choice
-    what = (trial.option, str(choice.n_threads), str(choice.n_ubatch), cache_name(choice))
+    what = (str(choice.n_threads), str(choice.n_ubatch), cache_name(choice))
     if trial.decode is None or trial.prompt is None:
         return (*what, "", "", "", "left out")
     gain = "" if trial.gain is None else f"{trial.gain.mean:.2f} ({trial.gain.low:.2f}-{trial.gain.high:.2f})"
