@@ -8,10 +8,12 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from lminf_edge import Llama, LMInfConfig
 from lminf_edge._params import cache_type_pair
+from lminf_edge.cli import _tuned
 from lminf_edge.cli._tuned import command_options, python_line
 from lminf_edge.cli.app import app
 from lminf_edge.errors import ConfigError, ContextError
@@ -160,13 +162,28 @@ def test_the_command(head_32: TinyModel) -> None:
     arguments = ["bench", "--tune", "--model", str(head_32.path), "--n-window", "64", "--rounds", "3", "--decode", "2"]
     shown = CliRunner().invoke(app, [*arguments, "--prompts", "40"])
     assert shown.exit_code == 0, shown.output
-    assert "micro-batch" in shown.output
+    assert "512" in shown.output and "q8_0/q4_0" in shown.output
     answer = CliRunner().invoke(app, [*arguments, "--prompts", "40", "--json"])
     assert answer.exit_code == 0
     document = json.loads(answer.stdout)
     assert {trial["option"] for trial in document["trials"]} == {"threads", "micro-batch", "cache"}
     assert document["settings"]["rounds"] == 3
     assert document["python"].startswith("Llama(")
+
+
+def test_a_table_fits_into_a_terminal_and_a_busy_machine_is_told(
+    head_32: TinyModel, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_tuned, "output", Console(width=80, highlight=False))
+    settings = settings_for(head_32)
+    result = replace(tune(settings), n_taken=1.25)
+    _tuned.show_tuned(settings, result)
+    shown = capsys.readouterr().out
+    assert "…" not in shown
+    assert "q8_0/q4_0" in shown and "1.2 cores" in shown
+    _tuned.show_tuned(settings, replace(result, n_taken=0.0, choice=result.default))
+    shown = capsys.readouterr().out
+    assert "cores" not in shown and "pass nothing" in shown
 
 
 @pytest.mark.parametrize("option", [["--threads", "1"], ["--output", "x"], ["--methods", "full"], ["--depths", "0"]])

@@ -11,23 +11,25 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from lminf_edge.cli._terminal import output
-from lminf_edge.evaluation.bench.spread import Spread
 from lminf_edge.evaluation.bench.tune import Trial, TuneResult, TuneSettings, cache_name
 from lminf_edge.evaluation.results import plain
 from lminf_edge.system import human_bytes
+from lminf_edge.threads import TOLERANCE
 
 
 def show_tuned(settings: TuneSettings, result: TuneResult) -> None:
     """A table of what was tried, and below it what to pass."""
     table = Table(
-        title=f"At a full window of {settings.config.n_window:,}: medians of {settings.rounds} rounds (lowest-highest)",
+        title=f"At a full window of {settings.config.n_window:,} tokens: medians of {settings.rounds} rounds",
         title_justify="left",
         box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
     )
-    for name in ("tried", "threads", "micro-batch", "cache"):
+    for name in ("threads", "micro-\nbatch", "cache"):
         table.add_column(name, no_wrap=True)
-    for name in ("decoding, tokens/s", "prompts, tokens/s", "keys, values", "speed / first row, 95 %"):
-        table.add_column(name, justify="right")
+    for name in ("decoding\ntokens/s", "prompts\ntokens/s", "keys,\nvalues", "to first row\n(95 %)"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.caption, table.caption_justify = "* is chosen", "left"
     option = None
     for trial in result.trials:
         if option not in (None, trial.option):
@@ -38,6 +40,11 @@ def show_tuned(settings: TuneSettings, result: TuneResult) -> None:
     for trial in result.trials:
         if trial.error is not None:
             output.print(f"left out: {trial.option}, {cache_name(trial.choice)}: {trial.error}", soft_wrap=True)
+    if result.n_taken is not None and result.n_taken > TOLERANCE:
+        output.print(
+            f"Other processes used {result.n_taken:.1f} cores meanwhile: on an idle machine other numbers of "
+            "threads may be faster."
+        )
     if not result.changes:
         output.print("Nothing is faster than the defaults by more than noise: pass nothing.")
         return
@@ -83,18 +90,14 @@ def command_options(result: TuneResult) -> str:
 
 def _row(trial: Trial) -> tuple[str, ...]:
     choice = trial.choice
-    what = (trial.option, str(choice.n_threads), str(choice.n_ubatch), cache_name(choice))
+    what = (str(choice.n_threads), str(choice.n_ubatch), cache_name(choice))
     if trial.decode is None or trial.prompt is None:
         return (*what, "", "", "", "left out")
     gain = "" if trial.gain is None else f"{trial.gain.mean:.2f} ({trial.gain.low:.2f}-{trial.gain.high:.2f})"
     return (
         *what,
-        _speed(trial.decode),
-        _speed(trial.prompt),
+        f"{trial.decode.median:.1f}",
+        f"{trial.prompt.median:.1f}",
         human_bytes(trial.kv_bytes),
         f"{gain}{' *' if trial.chosen else ''}",
     )
-
-
-def _speed(spread: Spread) -> str:
-    return f"{spread.median:.1f} ({spread.low:.1f}-{spread.high:.1f})"

@@ -25,7 +25,8 @@ from lminf_edge.evaluation.bench.spread import Spread, spread_of
 from lminf_edge.evaluation.bench.work import Tokens, circle
 from lminf_edge.evaluation.statistics import Estimate, mean_interval
 from lminf_edge.evaluation.texts import python_documentation, tokenize_text
-from lminf_edge.system import default_n_threads
+from lminf_edge.system import default_n_threads, usable_cpus
+from lminf_edge.threads import ThreadPlan, seconds_of_others
 
 LEAST_GAIN = 0.03
 """Smaller differences are not worth an option, however certain they are."""
@@ -126,11 +127,13 @@ class TuneResult:
         default: What `Llama` uses unless told otherwise.
         choice: What is best: the default where nothing is better by more than noise.
         trials: All that was tried, in this order.
+        n_taken: Cores that other processes used meanwhile, on average. None: the system does not say.
     """
 
     default: Choice
     choice: Choice
     trials: tuple[Trial, ...]
+    n_taken: float | None = None
 
     @property
     def changes(self) -> dict[str, Any]:
@@ -171,6 +174,7 @@ def tune(settings: TuneSettings, on_progress: Progress = lambda _: None) -> Tune
         n_threads=default_n_threads(), n_ubatch=batch_sizes(None, None)[1], cache_type_k="f16", cache_type_v="f16"
     )
     choice, trials = default, []
+    begin, before = time.monotonic(), seconds_of_others(usable_cpus())
     types = [cache_type_pair(name) for name in settings.cache_types]
     options: tuple[tuple[str, str, list[dict[str, Any]]], ...] = (
         ("threads", "decode", [{"n_threads": n} for n in settings.n_threads]),
@@ -182,7 +186,9 @@ def tune(settings: TuneSettings, on_progress: Progress = lambda _: None) -> Tune
         measured = bench.measure(option, goal, [choice, *(other for other in others if other != choice)])
         trials += measured
         choice = next((trial.choice for trial in measured if trial.chosen), choice)
-    return TuneResult(default=default, choice=choice, trials=tuple(trials))
+    after, elapsed = seconds_of_others(usable_cpus()), time.monotonic() - begin
+    n_taken = None if before is None or after is None else max(0.0, after - before) / elapsed
+    return TuneResult(default=default, choice=choice, trials=tuple(trials), n_taken=n_taken)
 
 
 def faster(reference: Sequence[float], other: Sequence[float]) -> Estimate:
@@ -284,7 +290,10 @@ class _Station:
         self._n_batch = n_batch
         params = self._context.params
         assert params is not None
-        self._read(params.n_sink + params.n_window)
+        threads = ThreadPlan(None, None)  # filling is not measured
+        while self._context.n_past() < params.n_sink + params.n_window:
+            self._context.set_n_threads(*threads.now())
+            self._read(n_ubatch)
         self.turn(choice, 2, 2)  # one that does not count
 
     @property
