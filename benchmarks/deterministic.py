@@ -1,10 +1,9 @@
-"""Which types of weights give a token the same bits alone and among others, and what `deterministic=True` costs.
+"""What `deterministic=True` costs, for weights of several types.
 
-    python benchmarks/deterministic.py types
-    python benchmarks/deterministic.py speed --types q4_1 q8_0 f16 --models gemma.gguf
+    python benchmarks/deterministic.py --types q4_1 q8_0 f16 --models gemma.gguf
 
-Models of each type are made of the default model. `types` tries products out on this machine (a few minutes); `speed`
-reads a prompt and writes with and without the option in turn.
+Models of these types are made of the default model. Each reads a prompt and writes, with and without the option in
+turn.
 """
 
 from __future__ import annotations
@@ -12,33 +11,34 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 from statistics import median
 
 from dequantize import write_f32_model
 from lminf_edge import Llama, LMInfConfig
-from lminf_edge._library import _core
 from quantize import FILE_TYPES, quantize_model
 from tables import markdown_table, open_model_path
+
+N_PIECE = 128
+"""Tokens of the prompt that are timed together."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("types", "speed"))
-    parser.add_argument("--types", nargs="*", choices=FILE_TYPES, default=list(FILE_TYPES), help="of weights")
+    parser.add_argument("--types", nargs="*", choices=FILE_TYPES, default=["q4_1", "q8_0", "f16"], help="of weights")
     parser.add_argument("--models", nargs="*", default=[], help="further GGUF files, as they are")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
 
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
-        models = chain(models_of_types(Path(folder), args.types), map(open_model_path, args.models))
-        if args.what == "types":
-            print_types(models)
-        else:
-            print_speed(models, args.threads, args.rounds)
+        for path in chain(models_of_types(Path(folder), args.types), map(open_model_path, args.models)):
+            rows.append([path.stem, *prices(path, args.threads, args.rounds)])
+            print(*rows[-1], flush=True)
+    print(markdown_table(("weights", "a prompt", "a written token"), rows))
 
 
 def models_of_types(folder: Path, types: list[str]) -> Iterator[Path]:
@@ -50,54 +50,30 @@ def models_of_types(folder: Path, types: list[str]) -> Iterator[Path]:
         path.unlink()
 
 
-def print_types(models: Iterable[Path]) -> None:
-    rows: dict[str, list[str]] = {}
-    for path in models:
-        alone = _core.Model(str(path)).weights()
-        together = _core.Model(str(path), deterministic=True).weights(deterministic=True)
-        with_option = {name: same_bits for name, _, _, same_bits in together}
-        for name, buffer_type, _, same_bits in alone:
-            rows[name] = [name, buffer_type, yes_or_no(same_bits), yes_or_no(with_option[name])]
-    print(markdown_table(("weights", "kept in", "same bits", "deterministic"), [rows[name] for name in sorted(rows)]))
+def prices(path: Path, n_threads: int, n_rounds: int) -> list[str]:
+    """Times of a token of a prompt, and of a written one, with the option, as multiples of those without it."""
+    took: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
+    for _ in range(n_rounds):
+        for deterministic in took:
+            took[deterministic].append(seconds(path, n_threads, deterministic))
+    prompts, steps = ([median(times[i] for times in took[on]) for on in took] for i in range(2))
+    return [f"{with_option / without:.2f}" for without, with_option in (prompts, steps)]
 
 
-def yes_or_no(value: bool) -> str:
-    return "yes" if value else "no"
-
-
-def print_speed(models: Iterable[Path], n_threads: int, n_rounds: int) -> None:
-    rows = []
-    for path in models:
-        prompts: dict[bool, list[float]] = {False: [], True: []}
-        steps: dict[bool, list[float]] = {False: [], True: []}
-        for _ in range(n_rounds):
-            for deterministic in (False, True):
-                prompt, step = seconds(path, n_threads, deterministic)
-                prompts[deterministic].append(prompt)
-                steps[deterministic].append(step)
-        price = [f"{median(took[True]) / median(took[False]):.2f}" for took in (prompts, steps)]
-        rows.append([path.stem, *price])
-        print(*rows[-1], flush=True)
-    print(markdown_table(("weights", "a prompt takes, times", "a token takes, times"), rows))
-
-
-def seconds(
-    path: Path, n_threads: int, deterministic: bool, n_prompt: int = 512, n_drawn: int = 48
-) -> tuple[float, float]:
-    """Of a token of a prompt, and of a drawn one, medians of the micro-batches and of the tokens."""
-    with Llama(path, lminf=LMInfConfig(n_window=1024), n_threads=n_threads, deterministic=deterministic, seed=0) as llm:
-        tokens = [1 + i % 1000 for i in range(n_prompt)]
-        pieces = []
-        for start in range(0, n_prompt, 128):
+def seconds(path: Path, n_threads: int, deterministic: bool) -> tuple[float, float]:
+    """Of a token of a prompt, and of a written one: medians of the pieces and of the tokens."""
+    config = LMInfConfig(n_window=1024)
+    with Llama(path, lminf=config, n_threads=n_threads, deterministic=deterministic, seed=0) as llm:
+        pieces, written = [], []
+        for start in range(0, 4 * N_PIECE, N_PIECE):
             begin = time.perf_counter()
-            llm.logprobs(tokens[start : start + 128])
-            pieces.append((time.perf_counter() - begin) / 128)
-        drawn = []
+            llm.logprobs([1 + i for i in range(start, start + N_PIECE)])
+            pieces.append((time.perf_counter() - begin) / N_PIECE)
         begin = time.perf_counter()
-        for _ in llm.generate(max_tokens=n_drawn, temperature=0, stop_at_end=False):
-            drawn.append(time.perf_counter() - begin)
+        for _ in llm.generate(max_tokens=48, temperature=0, stop_at_end=False):
+            written.append(time.perf_counter() - begin)
             begin = time.perf_counter()
-    return median(pieces), median(drawn)
+    return median(pieces), median(written)
 
 
 if __name__ == "__main__":

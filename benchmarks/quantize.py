@@ -71,15 +71,14 @@ class _Params(ctypes.Structure):
     )
 
 
-def quantize_model(source: Path, target: Path, weight_type: str, *, pure: bool = True) -> Path:
+def quantize_model(source: Path, target: Path, weight_type: str) -> Path:
     """Copies a model with its matrices in another type.
 
     Args:
         source: A GGUF file with F32 or F16 matrices.
         target: The file to write.
         weight_type: One of `FILE_TYPES`.
-        pure: Every matrix gets this type; otherwise llama.cpp keeps some in a larger one. In either case a matrix whose
-            rows are no multiple of the type's block gets another one.
+            A matrix whose rows are no multiple of the type's block gets another one.
 
     Raises:
         RuntimeError: llama.cpp could not do it.
@@ -91,7 +90,7 @@ def quantize_model(source: Path, target: Path, weight_type: str, *, pure: bool =
 
     params = library.llama_model_quantize_default_params()
     params.ftype = FILE_TYPES[weight_type]
-    params.pure = pure
+    params.pure = True
     params.allow_requantize = True
     # the smallest types are refused without it: all columns are equally important
     ones = np.ones(2**20, np.float32)

@@ -29,14 +29,12 @@ from lminf_edge._params import to_params
 from lminf_edge.evaluation.texts import python_documentation
 from quantize import quantize_model
 from tiny_families import FAMILIES
-from tiny_models import TinyShape, random_tokens, write_tiny_model
+from tiny_models import random_tokens, write_tiny_model
+from weight_types import SHAPE
 
 WINDOW = LMInfConfig(n_window=128, n_rollback=40)
 N_READ = 420
 """Tokens: the window is left three times over."""
-
-TINY = TinyShape(head_size=64, n_ff=512, n_ctx_train=512)
-"""Rows of 256 and 512 weights: every type has a block that divides them."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,7 @@ def last_20(llm: Llama, case: Case) -> npt.NDArray[np.float32]:
 
 @pytest.fixture(scope="module")
 def tiny_f32(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("tiny") / "f32.gguf", TINY, seed=1).path
+    return write_tiny_model(tmp_path_factory.mktemp("tiny") / "f32.gguf", SHAPE, seed=1).path
 
 
 def tiny_case(tiny_f32: Path, weight_type: str, **options: Any) -> Case:
