@@ -64,6 +64,7 @@ class ModelSequence:
         self.n_drafted = 0
         self.n_accepted = 0
         self.draft_costs = DraftCosts()
+        self._n_ahead = 0
         self._open: tuple[_core.Model, _core.Context] | None = (model, context)
         self._history = TokenHistory()
         self._turn = 0
@@ -224,6 +225,7 @@ class ModelSequence:
         with self.recording(tokens[:1]) as context:
             n_ahead = context.decode_ahead(tokens, check=check, recall=recall)
         self.n_drafted += n_ahead
+        self._n_ahead = n_ahead
         return n_ahead
 
     def advance(self, token: int, recall: int = 0) -> bool:
@@ -236,8 +238,11 @@ class ModelSequence:
         Returns:
             Whether it was. If not, nothing changed.
         """
+        if self._n_ahead == 0:
+            return False
         with self.recording(np.array([token], np.int32)) as context:
             is_next = context.advance(token, recall=recall)
+        self._n_ahead = self._n_ahead - 1 if is_next else 0
         self.n_accepted += is_next
         return is_next
 

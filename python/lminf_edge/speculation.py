@@ -147,7 +147,8 @@ class DraftCosts:
     def __init__(self) -> None:
         """Nothing was measured yet."""
         self._step: float | None = None  # seconds
-        self._cost = np.full(N_DRAFT + 1, self._COST)  # of a token, by the length of its draft
+        self._above = [0.0] * (N_DRAFT + 1)  # what a token costs more than that, by the length of its draft
+        self._believed = 1.0  # share of what is above it
 
     @property
     def known(self) -> bool:
@@ -156,17 +157,21 @@ class DraftCosts:
 
     def of(self, n_draft: int) -> float:
         """Of a draft of so many tokens."""
-        return n_draft * float(self._cost[n_draft])
+        return n_draft * (self._COST + self._still(self._above[n_draft]))
 
     def add(self, n_draft: int, seconds: float) -> None:
         """A token and n_draft others after it took so long."""
         if n_draft == 0:
             self._step = seconds if self._step is None else self._step + (seconds - self._step) / 8
-            self._cost -= np.maximum(self._cost - self._COST, 0.0) / self._N_FORGOTTEN
+            self._believed *= 1 - 1 / self._N_FORGOTTEN
         elif self._step is not None:
-            change = min((seconds / self._step - 1) / n_draft, self._COST_MAX) - self._cost
-            change[n_draft] *= 4  # others are likely to be alike, but less so
-            self._cost += change / 8
+            above = min((seconds / self._step - 1) / n_draft, self._COST_MAX) - self._COST
+            self._above = [old + (above - old) / 8 for old in map(self._still, self._above)]
+            self._above[n_draft] += (above - self._above[n_draft]) / 2  # others are likely to be alike, but less so
+            self._believed = 1.0
+
+    def _still(self, above: float) -> float:
+        return above * self._believed if above > 0 else above
 
 
 class LookupDrafts:
@@ -180,6 +185,7 @@ class LookupDrafts:
     _N_LEARNT = 256  # of the text's last tokens: guesses in them are judged before the first draft
     _N_RECENT = 32  # guesses that count, of each kind
     _N_PRIOR = 2  # guesses of a token that weigh as much as how reliable the length of the match is
+    _REACHED_MIN = 0.1  # less probable tokens are not drafted
     _SPEED_UP = 1.15  # that is expected of a draft at least: the step after it, for one, has to build its graph anew
 
     def __init__(self, tokens: TokenArray, costs: DraftCosts) -> None:
@@ -230,6 +236,8 @@ class LookupDrafts:
         reached, n_right = 1.0, 0.0
         for n, guess in enumerate(guesses, 1):
             reached *= self._reliability(guess, self._model.length + n - 1)
+            if reached < self._REACHED_MIN:
+                break
             n_right += reached
             speed_up = (1 + n_right) / (1 + self._costs.of(n))
             if speed_up > best:
