@@ -184,6 +184,7 @@ class LookupDrafts:
 
     _N_LEARNT = 256  # of the text's last tokens: guesses in them are judged before the first draft
     _N_RECENT = 32  # guesses that count, of each kind
+    _N_LONG = 8  # tokens of a long match
     _N_PRIOR = 2  # guesses of a token that weigh as much as how reliable the length of the match is
     _REACHED_MIN = 0.1  # less probable tokens are not drafted
     _SPEED_UP = 1.15  # that is expected of a draft at least: the step after it, for one, has to build its graph anew
@@ -200,7 +201,8 @@ class LookupDrafts:
         n_kinds = self._kind(MatchModel._N_COMPARED) + 1
         self._right: list[float] = [1 - 1 / (2 + (2**kind >> 1)) for kind in range(n_kinds)]
         self._n_seen = [0] * len(self._right)
-        self._by_token: dict[int, tuple[int, float]] = {}  # how often it was guessed, share of right guesses
+        # How often a token was guessed in a short or in a long match, and the share of right guesses
+        self._by_token: dict[tuple[int, bool], tuple[int, float]] = {}
         self._costs = costs
         for token in tokens[-self._N_LEARNT :].tolist():
             self.feed(token)
@@ -212,9 +214,10 @@ class LookupDrafts:
             kind = self._kind(self._model.length)
             n = self._n_seen[kind] = min(self._n_seen[kind] + 1, self._N_RECENT)
             self._right[kind] += ((guess == token) - self._right[kind]) / (n + 2)
-            n, right = self._by_token.get(guess, (0, 0.0))
+            case = guess, self._model.length >= self._N_LONG
+            n, right = self._by_token.get(case, (0, 0.0))
             n = min(n + 1, self._N_RECENT)
-            self._by_token[guess] = n, right + ((guess == token) - right) / n
+            self._by_token[case] = n, right + ((guess == token) - right) / n
         self._model.feed(token)
 
     def draft(self, n_max: int) -> list[int]:
@@ -246,7 +249,7 @@ class LookupDrafts:
 
     def _reliability(self, guess: int, length: int) -> float:
         """Probability that a guess of a match of some length is right."""
-        n, right = self._by_token.get(guess, (0, 0.0))
+        n, right = self._by_token.get((guess, length >= self._N_LONG), (0, 0.0))
         return (n * right + self._N_PRIOR * self._right[self._kind(length)]) / (n + self._N_PRIOR)
 
     @staticmethod
