@@ -179,8 +179,8 @@ std::vector<lminf_recalled> lminf_recall::record(int64_t seq, int64_t pos) const
         }
     }
     std::vector<lminf_recalled> res;
-    for (const auto & [pos, weight] : weights) {
-        res.push_back({ pos, weight });
+    for (const auto & [at, weight] : weights) {
+        res.push_back({ at, weight });
     }
     std::stable_sort(res.begin(), res.end(), [](const auto & a, const auto & b) { return a.weight > b.weight; });
     return res;
