@@ -146,6 +146,7 @@ def main() -> None:
     parser.add_argument("--cache-type", default="q8_0")
     parser.add_argument("--tokens", type=int, default=200, help="that are written in a round")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", default="", help="texts with this in their names")
     args = parser.parse_args()
 
     path, novel = open_model_path(args.model), text_file(args.text)
@@ -156,7 +157,7 @@ def main() -> None:
         prose = plain.tokenize(novel)
         token, index = lookup_microseconds(prose[-(N_REMEMBERED + 5000) :])
         print(f"a lookup takes {token:.1f} microseconds, indexing the text before {index / 1000:.1f} milliseconds\n")
-        for case in cases(plain, novel, args.tokens):
+        for case in (case for case in cases(plain, novel, args.tokens) if args.only in case.name):
             for name, write in (("written", written), ("given", given)):
                 rows.append([case.name, name, *measure((plain, other), case, write, args.tokens, args.rounds)])
                 print(rows[-1], flush=True)

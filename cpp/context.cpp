@@ -207,6 +207,7 @@ bool Context::use::advance(llama_token token, int recall) {
         return false;
     }
     context.ahead.pop_front();
+    context.drawn_pos++;
     return true;
 }
 
@@ -240,6 +241,7 @@ void Context::use::compute(const llama_token * tokens, size_t n_tokens, const in
         llama_synchronize(ctx());
         context.logits_of = seq_id;
         context.ahead.assign(tokens + n_tokens - n_ahead, tokens + n_tokens);
+        context.drawn_pos = n_ahead > 0 ? lminf_n_past(ctx(), seq_id) - static_cast<int64_t>(n_ahead) - 1 : -1;
     }
     context.interrupt.rethrow();
     if (status != 0) {
@@ -281,6 +283,7 @@ void Context::use::decode_batch(const llama_token * tokens, const llama_seq_id *
 
     forget_logits();
     context.apply_n_threads();
+    context.drawn_pos = -1;
     context.interrupt.restart(nullptr);
     const int32_t status = llama_decode(ctx(), *batch);
     context.interrupt.rethrow();
@@ -348,6 +351,17 @@ void Context::use::set_recall(int mode) {
         throw error(error_type::config, "recall: this context stores no middle tokens; pass LMInfConfig(middle=MiddleConfig())");
     }
     context.recall = mode;
+}
+
+std::vector<lminf_recalled_token> Context::use::recalled() const {
+    const auto get = [this](std::vector<lminf_recalled_token> & found) {
+        return lminf_get_recall(
+            ctx(), seq_id, context.drawn_pos, found.data(), static_cast<int32_t>(found.size()));
+    };
+    std::vector<lminf_recalled_token> found;
+    found.resize(static_cast<size_t>(get(found)));
+    get(found);
+    return found;
 }
 
 size_t Context::use::state_size() const {

@@ -84,6 +84,7 @@ private:
     std::vector<float>          restored_logits; // they came with a state; empty: llama.cpp has them
     std::deque<llama_token>     ahead; // llama.cpp's sequence logits_of goes on with them, the one that callers see does not
     int                         recall = LMINF_RECALL_OFF; // lminf_recall_mode of what was decoded last
+    int64_t                     drawn_pos = -1; // of the last token, if others were decoded ahead with it; else -1
     interrupt_check             interrupt;
 };
 
@@ -113,8 +114,8 @@ public:
     // Appends a token if it is the next of those decoded ahead, with this lminf_recall_mode. false: it is not, nothing changed.
     bool advance(llama_token token, int recall);
 
-    // Position of the sequence's next token.
-    int64_t n_past() const { return lminf_n_past(ctx(), seq_id) - n_ahead(); }
+    // What the last token looked up that was decoded or taken up, see lminf_get_recall().
+    std::vector<lminf_recalled_token> recalled() const;
 
     // Appends tokens to the sequences that they belong to, in one llama_decode(), and computes the logits of all.
     void decode_batch(const llama_token * tokens, const llama_seq_id * seq_ids, size_t n_tokens);

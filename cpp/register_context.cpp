@@ -114,9 +114,7 @@ static std::vector<std::pair<int64_t, float>> recalled(Context & context, llama_
     std::vector<lminf_recalled_token> found;
     {
         const Context::use held(context, seq_id, Context::ahead_tokens::keep);
-        const int64_t      pos = held.n_past() - 1;
-        found.resize(static_cast<size_t>(lminf_get_recall(held.ctx(), seq_id, pos, nullptr, 0)));
-        lminf_get_recall(held.ctx(), seq_id, pos, found.data(), static_cast<int32_t>(found.size()));
+        found = held.recalled();
     }
     std::vector<std::pair<int64_t, float>> result;
     for (const auto & token : found) {

@@ -72,8 +72,8 @@ def draw_tokens(
         ):
             if part.size:
                 sequence.append(part, options.check, recall)
+        drafts = LookupDrafts(sequence.newest_tokens(N_REMEMBERED), sequence.draft_costs) if options.speculate else None
     sampler.accept(prompt)
-    drafts = LookupDrafts(sequence.newest_tokens(N_REMEMBERED), sequence.draft_costs) if options.speculate else None
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     start = time.perf_counter()
     n_drawn = 0

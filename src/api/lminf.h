@@ -155,8 +155,8 @@ LLAMA_API bool lminf_get_middle_stats(
 // Whether the tokens that are decoded from now on look up middle tokens. false if the context stores none.
 LLAMA_API bool lminf_set_recall(struct llama_context * ctx, enum lminf_recall_mode mode);
 
-// What the token at a position looked up, if the last micro-batch recalled and that is one of its last 16 tokens of the sequence: at
-// most n_max tokens, the heaviest first. Returns how many there are.
+// What the token at a position looked up, if the last micro-batch recalled and that is one of its last 16 tokens of the sequence; pos <
+// 0: its last one. At most n_max tokens, the heaviest first. Returns how many there are.
 LLAMA_API int32_t lminf_get_recall(
         const struct llama_context * ctx, llama_seq_id seq_id, int64_t pos, struct lminf_recalled_token * dst, int32_t n_max);
 

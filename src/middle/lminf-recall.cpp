@@ -165,14 +165,16 @@ ggml_tensor * lminf_recall::attend(ggml_context * ctx, size_t layer, const input
 //
 
 std::vector<lminf_recalled> lminf_recall::record(int64_t seq, int64_t pos) const {
-    const auto it = std::find(recorded.begin(), recorded.end(), std::pair(seq, pos));
-    if (it == recorded.end()) {
+    const auto is_asked = [&](const auto & token) { return token.first == seq && (pos < 0 || token.second == pos); };
+    const auto found    = std::find_if(recorded.rbegin(), recorded.rend(), is_asked);
+    if (found == recorded.rend()) {
         return {};
     }
+    const int64_t i_record = recorded.rend() - found - 1;
     std::map<int64_t, float> weights;
     for (const auto & layer : records) {
         const size_t n = layer.size()/recorded.size();
-        for (size_t i = (it - recorded.begin())*n; i < (it - recorded.begin() + 1)*n; ++i) {
+        for (size_t i = i_record*n; i < (i_record + 1)*n; ++i) {
             if (layer[i].weight > 0.0f) {
                 weights[layer[i].pos] += layer[i].weight;
             }

@@ -75,8 +75,8 @@ public:
 
     static constexpr size_t N_RECORDED = 16;
 
-    // what a token looked up, if it is one of the last N_RECORDED of its sequence in the last micro-batch that recalled: weights
-    // summed over layers and heads
+    // what a token looked up, if it is one of the last N_RECORDED of its sequence in the last micro-batch that recalled (pos < 0: the
+    // last one): weights summed over layers and heads
     std::vector<lminf_recalled> record(int64_t seq, int64_t pos) const;
 
     double scan_seconds() const { return 1e-6*n_us_scan; }

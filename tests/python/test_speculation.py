@@ -109,7 +109,7 @@ def test_through_rebases(open_default: Callable[..., Llama]) -> None:
         assert n_rebases > 2
         assert generated(llm, "lookup", max_tokens=200, **GREEDY) == expected
         assert llm.memory_stats().n_rebases == n_rebases
-        assert n_accepted(llm) > 50
+        assert n_accepted(llm) > 15
 
 
 def test_with_a_grammar(llm: Llama) -> None:
@@ -140,7 +140,7 @@ def test_a_loop_is_noticed_where_it_is_without(llm: Llama) -> None:
     ]
     assert usages[0] == usages[1]
     assert usages[0]["completion_tokens"] < 200
-    assert llm.memory_stats().n_accepted > 20
+    assert llm.memory_stats().n_accepted > 10
 
 
 def test_an_end_is_never_decoded(llm: Llama) -> None:
@@ -185,7 +185,7 @@ def test_sliding_layers_go_back_too(tmp_path: Path, name: str) -> None:
         found = generated(llm, "lookup", range(5, 60), max_tokens=200, **GREEDY)
         assert [step.token for step in found] == [step.token for step in expected]
         np.testing.assert_allclose([s.logprob for s in found], [s.logprob for s in expected], atol=1e-4)
-        assert llm.memory_stats().n_accepted > 20
+        assert llm.memory_stats().n_accepted > 10
 
 
 # --- nothing is left behind
@@ -277,7 +277,7 @@ def test_a_conversation_is_the_same_while_it_forgets(default_model: Path) -> Non
                 answers[-1].append(answer["choices"][0]["message"]["content"])
             assert session.usage.n_messages_remembered < 8
             stats = session.memory_stats()
-            assert (stats.n_accepted > 40) == (speculate is not None)
+            assert (stats.n_accepted > 10) == (speculate is not None)
     assert answers[0] == answers[1]
 
 
