@@ -1,6 +1,6 @@
 """How much faster prompt lookup makes a text, and that it does not make it slower where nothing repeats itself.
 
-    OMP_WAIT_POLICY=passive python benchmarks/lookup.py novel.txt
+    python benchmarks/lookup.py novel.txt
 
 Two contexts read the same prompt and write on in turns, one with speculate="lookup", `--rounds` times each; what they
 have written is compared and taken back. Prints medians of the ratios of a round, with the least and the most. One

@@ -1,6 +1,6 @@
 """Where the time of a decode step, or of reading a prompt, goes at a full window: a profile by perf, in parts.
 
-    OMP_WAIT_POLICY=passive python benchmarks/profile_step.py novel.txt --threads 1
+    python benchmarks/profile_step.py novel.txt --threads 1
 
 For each cache type, with attention of our own and with llama.cpp's: the parts' shares, and milliseconds of processor
 time a token. Needs Linux' perf (any event: it samples the processor's clock), and the default model's weights for the

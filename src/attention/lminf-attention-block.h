@@ -149,7 +149,7 @@ LMINF_SIMD_FLATTEN void unpack_key_pairs(
 
 // Queries for integer products: each unit's components in sixteen bits, in the order of pairs.
 struct integer_rows {
-    int16_t * numbers; // [padded(n_embd)] of each row
+    int16_t * numbers; // [n_embd] of each row
     float *   factors; // [n_embd / LMINF_SIMD_UNIT]
     int32_t * sums;    // the same, of the numbers
 
@@ -159,7 +159,8 @@ struct integer_rows {
     }
 };
 
-// The largest number is 127*256: its upper byte is signed like the lower one when it is rounded to the nearest.
+// Below 2^15, and of a size that the sum of a unit's products with bytes stays below 2^31. 127*256: a number could also
+// be split into two signed bytes, for instructions that multiply bytes only, with the same results.
 constexpr float MAX_NUMBER = 32512.0f;
 
 inline void to_integers(const float * x, int64_t n_embd, const integer_rows & dst) {

@@ -15,8 +15,7 @@ constexpr size_t  ALIGNMENT = 64;
 constexpr int64_t MIN_TILE_ROWS    = 32;
 constexpr int64_t UNITS_PER_THREAD = 4;
 
-// a row of partial results: values that are not divided, then the largest logit and t// adds a query to a tile unless
-// it is of another stream or far from the others
+// adds a query to a tile unless it is of another stream or far from the others
 bool add_query(const lminf_attention_job & job, int64_t token, lminf_attention_tile & tile) {
     const auto & query  = job.queries[token];
     const bool   window = query.begin < query.end;
